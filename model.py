@@ -180,10 +180,10 @@ class RotaryPositionalEmbedding(nn.Module):
         self.fill(torch.get_default_device())
 
     def fill(self, device) -> None:
-        frequencies = self.theta ** (-torch.arange(0, self.d_k, 2, device=device).double() / self.d_k)
-        angles = torch.arange(self.max_seq_len, device=device)[:, None] * scale_frequencies(frequencies, self.scaling)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)              # (max_seq_len, d_k/2)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        frequencies = self.theta ** (-torch.arange(0, self.d_k, 2, device="cpu").double() / self.d_k)
+        angles = torch.arange(self.max_seq_len, device="cpu")[:, None] * scale_frequencies(frequencies, self.scaling)
+        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)   # (max_seq_len, d_k/2)
+        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
 
     def _apply(self, fn, recurse=True):
         device = fn(self.cos[:1]).device   # .to(bfloat16) must not round the tables: cos of position 1001 would be 1000's
@@ -731,3 +731,214 @@ def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
              "feed-forward": 2 * T * (3 if c.ffn == "swiglu" else 2) * c.d_model * c.d_ff * c.num_layers,
              "lm head": 2 * T * c.d_model * c.vocab_size}
     return flops | {"total": sum(flops.values())}
+
+
+# ---------------------------------------------------------------- checkpoints in Hugging Face form
+
+HF_NAMES = {"token_embeddings": "embed_tokens", "ln_final": "norm", "attn.q_proj": "self_attn.q_proj",
+            "attn.k_proj": "self_attn.k_proj", "attn.v_proj": "self_attn.v_proj", "attn.output_proj": "self_attn.o_proj",
+            "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm", "ln1": "input_layernorm",
+            "ln2": "post_attention_layernorm", "ffn.w1": "mlp.gate_proj", "ffn.w2": "mlp.down_proj", "ffn.w3": "mlp.up_proj"}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def _hf_name(name: str) -> str:
+    """layers.3.attn.q_proj.weight -> model.layers.3.self_attn.q_proj.weight"""
+    *module, leaf = name.split(".")
+    if module == ["lm_head"]:
+        return name
+    at = 2 if module[0] == "layers" else 0
+    return ".".join(["model", *module[:at], HF_NAMES[".".join(module[at:])], leaf])
+
+
+def read_safetensors(path: str) -> dict[str, Tensor]:
+    """Tensors by name, mapped from the file and read when touched: 8 bytes of header length, a JSON header, raw numbers.
+
+    Raises: ValueError for a file that is cut off, is not safetensors, or whose header does not fit its data.
+    """
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        data, tensors, end = torch.from_file(path, size=size, dtype=torch.uint8)[8 + length:], {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if start != end or min(shape, default=0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} {shape} does not fit its bytes {start} to {stop}")
+            raw, end = data[start:stop], stop
+            raw = raw if (8 + length + start) % dtype.itemsize == 0 else raw.clone()
+            tensors[name] = raw.view(dtype).view(shape)
+        if end != len(data):
+            raise ValueError(f"{end} bytes of tensors expected, {len(data)} there")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch or write it again") from None
+    return tensors
+
+
+def write_safetensors(path: str, tensors: dict[str, Tensor]) -> None:
+    """The inverse; the header is padded to 8 bytes, so that every number lies where a processor wants it."""
+    header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
+    for name, x in tensors.items():
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
+        end += x.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for x in tensors.values():
+            file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; want a Hugging Face folder with config.json and safetensors") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def _config_from_hf(raw: dict, path: str) -> ModelConfig:
+    kind = raw.get("model_type")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for wrong, what in ((kind not in ("llama", "qwen2", "qwen3"), f"model_type {kind!r} (want llama, qwen2 or qwen3)"),
+                        (raw.get("hidden_act", "silu") != "silu", f"hidden_act {raw.get('hidden_act')!r}"),
+                        (raw.get("attention_bias") or raw.get("mlp_bias"), "biases on the output or feed-forward layers"),
+                        (raw.get("use_sliding_window"), "sliding-window attention"),
+                        (rope_type not in ("default", "linear", "llama3"), f"rope type {rope_type!r}")):
+        if wrong:
+            raise ValueError(f"{path}: {what} is not supported here")
+    try:
+        scaling = () if rope_type == "default" else (rope_type, rope["factor"])
+        if rope_type == "llama3":
+            scaling += (rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+        return ModelConfig(
+            vocab_size=raw["vocab_size"], context_length=raw["max_position_embeddings"], d_model=raw["hidden_size"],
+            num_layers=raw["num_hidden_layers"], num_heads=raw["num_attention_heads"],
+            num_kv_heads=raw.get("num_key_value_heads"), head_dim=raw.get("head_dim"), d_ff=raw["intermediate_size"],
+            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), rope_layout="half", rope_scaling=scaling,
+            norm_eps=raw["rms_norm_eps"], qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2",
+            tie_embeddings=raw.get("tie_word_embeddings", False))
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}") from None
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _config_to_hf(c: ModelConfig) -> dict:
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    if (c.norm, c.positions, c.ffn) != ("pre", "rope", "swiglu") or (c.qk_norm and c.qkv_bias):
+        raise ValueError("Llama, Qwen2 and Qwen3 have pre-norm, RoPE and SwiGLU, and q/k norm or q/k/v bias but not both; "
+                         f"this model has norm {c.norm}, positions {c.positions}, ffn {c.ffn}")
+    rope = {"rope_type": c.rope_scaling[0], "factor": c.rope_scaling[1]} if c.rope_scaling else {"rope_type": "default"}
+    if c.rope_scaling[:1] == ("llama3",):
+        names = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= dict(zip(names, c.rope_scaling[2:]))
+    return {"model_type": kind, "architectures": [kind.capitalize() + "ForCausalLM"], "vocab_size": c.vocab_size,
+            "max_position_embeddings": c.context_length, "hidden_size": c.d_model, "num_hidden_layers": c.num_layers,
+            "num_attention_heads": c.num_heads, "num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim,
+            "intermediate_size": c.d_ff, "hidden_act": "silu", "rms_norm_eps": c.norm_eps, "attention_bias": False,
+            "tie_word_embeddings": c.tie_embeddings, "rope_theta": c.rope_theta,
+            "rope_scaling": rope if c.rope_scaling else None, "rope_parameters": rope | {"rope_theta": c.rope_theta}}
+
+
+def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, attention=None,
+            checkpoint_every: int = 0) -> TransformerLM:
+    """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form (config.json, safetensors in one file or shards).
+
+    dtype: of the weights; None keeps the checkpoint's. The rest as in TransformerLM.
+    Raises: ValueError naming the file and what is wrong with it.
+    """
+    directory = os.fspath(directory)
+    path = os.path.join(directory, "config.json")
+    config = _config_from_hf(_read_json(path), path)
+    index, shards = os.path.join(directory, "model.safetensors.index.json"), ["model.safetensors"]
+    if not os.path.exists(os.path.join(directory, shards[0])) and os.path.exists(index):
+        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        if any(os.path.basename(shard) != shard for shard in shards):
+            raise ValueError(f"{index} points outside its folder")
+    tensors = {}
+    for shard in shards:
+        tensors |= read_safetensors(os.path.join(directory, shard))
+    with torch.device("meta"):                                        # shapes only: no time spent on random weights
+        model = TransformerLM(config, attention, checkpoint_every)
+    state = {}
+    for name, empty in model.state_dict().items():
+        theirs = _hf_name("token_embeddings.weight" if config.tie_embeddings and name == "lm_head.weight" else name)
+        if theirs not in tensors:
+            raise ValueError(f"{directory}: the checkpoint has no {theirs}")
+        if tensors[theirs].shape != empty.shape:
+            raise ValueError(f"{directory}: {theirs} is {tuple(tensors[theirs].shape)}, config.json says {tuple(empty.shape)}")
+        state[name] = state[tied] if (tied := "token_embeddings.weight") in state and name == "lm_head.weight" \
+            and config.tie_embeddings else tensors[theirs].to(device, dtype, copy=True)
+    known = {_hf_name(name) for name in state} | {"lm_head.weight"}
+    if foreign := [name for name in tensors if name not in known and not name.endswith("rotary_emb.inv_freq")]:
+        raise ValueError(f"{directory}: the checkpoint has {foreign[0]}, which a {config} has no place for")
+    model.load_state_dict(state, assign=True)
+    if config.tie_embeddings:
+        model.token_embeddings.weight = model.lm_head.weight
+    for module in model.modules():
+        if isinstance(module, RotaryPositionalEmbedding):
+            module.fill(device)
+    return model
+
+
+def save_hf(model: TransformerLM, directory, tokenizer=None, max_shard_bytes: int = 5_000_000_000) -> None:
+    """Write a folder that transformers, vLLM and load_hf read. Nothing there is replaced before all of it is written.
+
+    Interleaved RoPE becomes the half-split one by reordering the rows of q and k: the same model in other coordinates.
+    tokenizer: written by its .save(path) as tokenizer.json. Raises: ValueError for a model that these formats can't say.
+    """
+    c, raw = model.config, _config_to_hf(model.config)
+    tensors = {}
+    for name, x in model.state_dict().items():
+        if name == "lm_head.weight" and c.tie_embeddings:
+            continue
+        if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
+            x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)   # pairs (0,1) become (0,K/2)
+        tensors[_hf_name(name)] = x
+    shards, room = [{}], max_shard_bytes
+    for name, x in tensors.items():
+        if x.nbytes > room and shards[-1]:
+            shards.append({})
+            room = max_shard_bytes
+        shards[-1][name] = x
+        room -= x.nbytes
+    directory = os.path.abspath(os.fspath(directory))
+    os.makedirs(directory, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+        files = {}
+        for i, shard in enumerate(shards, 1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            write_safetensors(os.path.join(temporary, name), shard)
+            files |= {tensor: name for tensor in shard}
+        texts = {"config.json": raw | {"torch_dtype": str(x.dtype).removeprefix("torch.")}}
+        if len(shards) > 1:
+            texts["model.safetensors.index.json"] = {"metadata": {"total_size": sum(x.nbytes for x in tensors.values())},
+                                                     "weight_map": files}
+        if tokenizer is not None:
+            tokenizer.save(os.path.join(temporary, "tokenizer.json"))
+            end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
+            texts["config.json"]["eos_token_id"] = tokenizer.special_tokens.get(end)
+            texts["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end,
+                                              "model_max_length": c.context_length}
+        for name, value in texts.items():
+            with open(os.path.join(temporary, name), "w", encoding="utf-8") as file:
+                json.dump(value, file, indent=2)
+        for name in os.listdir(directory):                            # an old index would hide the new weights
+            if name.startswith("model") and ".safetensors" in name:
+                os.remove(os.path.join(directory, name))
+        for name in sorted(os.listdir(temporary), reverse=True):
+            os.replace(os.path.join(temporary, name), os.path.join(directory, name))
