@@ -1,0 +1,201 @@
+"""grpo.py against hand-worked numbers (tests/fixtures/grpo_*.json), its edges, bad input, and its loop."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+
+FIXTURES = Path(__file__).parent / "fixtures"
+NUMBERS = json.loads((FIXTURES / "grpo_numbers.json").read_text())
+# The numbers are float64 to about 16 digits and so is the code under test here: 1e-12 leaves room for the order of sums
+# only. The wrong versions (no clip, token mean for sequence mean, biased std, no accumulation) are wrong by over 1e-2.
+TIGHT = dict(rtol=0, atol=1e-12)
+
+
+def number(name):
+    return torch.tensor(NUMBERS[name], dtype=torch.float64)
+
+
+def fixed_reward(rewards):
+    """A reward function that reads the reward off a list; the response is the index."""
+    return lambda response, truth: {"reward": rewards[int(response)], "format_reward": 1.0, "answer_reward": float(truth)}
+
+
+# ---------------------------------------------------------------------------------------------------- the grader
+
+@pytest.mark.parametrize("given, truth, right", json.loads((FIXTURES / "grpo_graded.json").read_text()))
+def test_graded_answers(given, truth, right):
+    assert grpo.grade(given, truth) is right
+
+
+def test_right_answers_are_right_both_ways():
+    for given, truth, right in json.loads((FIXTURES / "grpo_graded.json").read_text()):
+        assert grpo.grade(truth, given) is right, (truth, given)
+
+
+@pytest.mark.parametrize("response, truth, format_reward, reward", [
+    ("2+2=4 </think> <answer> 4 </answer>", "4", 1, 1),
+    ("2+2=4 </think> <answer>4</answer> and more", 4, 1, 1),
+    ("2+2=5 </think> <answer> 5 </answer>", "4", 1, 0),
+    ("2+2=4</think><answer> 4 </answer>", "4", 0, 0),                   # the space between the tags is the format
+    ("2+2=4 </think> <answer> 4", "4", 0, 0),                           # never closed
+    ("</answer> </think> <answer> 4", "4", 0, 0),                       # closed before it opened
+    ("<answer> 4 </answer>", "4", 0, 0),                                # no thinking
+    ("4", "4", 0, 0),
+    ("", "4", 0, 0),
+    ("x </think> <answer> </answer>", "4", 1, 0),
+    ("x </think> <answer> 3 </answer> <answer> 4 </answer>", "4", 1, 1),   # the last one counts
+    ("x </think> <answer> 4 </answer> <answer> 3 </answer>", "4", 1, 0),
+    (r"x </think> <answer> \boxed{\frac{1}{2}} </answer>", "0.5", 1, 1),
+    (r"x </think> <answer> \boxed{4 </answer>", "4", 1, 0),
+    ("x </think> <answer> 0.5 </answer>", ["7", "1/2"], 1, 1),          # any of several truths
+    ("x </think> <answer> 0.5 </answer>", 0.5, 1, 1),
+])
+def test_r1_zero_reward(response, truth, format_reward, reward):
+    assert grpo.r1_zero_reward(response, truth) == {
+        "format_reward": float(format_reward), "answer_reward": float(reward), "reward": float(reward)}
+
+
+@pytest.mark.parametrize("response, format_reward, reward", [
+    (r"so \boxed{4}", 1, 1), (r"\boxed{3} no, \boxed{4}", 1, 1), (r"\boxed{4} no, \boxed{3}", 1, 0),
+    (r"\boxed{\frac{8}{2}}", 1, 1), (r"\boxed{{4}}", 1, 1), (r"\boxed{4", 0, 0), ("4", 0, 0), (r"\boxed{}", 1, 0)])
+def test_question_only_reward(response, format_reward, reward):
+    got = grpo.question_only_reward(response, "4")
+    assert (got["format_reward"], got["reward"]) == (format_reward, reward)
+
+
+HOSTILE = {"braces": "{" * 10**6, "boxes": r"\boxed{" * 150_000, "open box": r"\boxed{" + "{" * 10**6,
+           "closed box": r"\boxed{" + "{" * 500_000 + "}" * 500_000 + "}", "digits": "9" * 10**6,
+           "answer of digits": "</think> <answer>" + "9" * 10**6 + "</answer>", "tags": "</think> <answer>" * 60_000,
+           "boxed digits": r"\boxed{" + "9" * 10**6 + "}", "fractions": r"\boxed{" + r"\frac{" * 160_000 + "}",
+           "power": "</think> <answer> 9e99 </answer>", "commas": "</think> <answer> (" + "1," * 120 + "1) </answer>",
+           "nested": "</think> <answer> " + "(1," * 80 + "</answer>"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_is_wrong_and_read_once(name):
+    # No clock here: a scan that is quadratic in these 1 MB would not come back for hours. `--bench` prints the milliseconds.
+    for reward in (grpo.r1_zero_reward, grpo.question_only_reward):
+        assert reward(HOSTILE[name], "1")["reward"] == 0
+
+
+def test_model_text_is_never_run(tmp_path):
+    witness = tmp_path / "witness"
+    text = f"__import__('pathlib').Path({str(witness)!r}).touch()"
+    grpo.r1_zero_reward(f"</think> <answer> {text} </answer>", "1")
+    assert not witness.exists()
+
+
+# ------------------------------------------------------------------------------------------------- group advantages
+
+def test_group_normalized_rewards_known_answer():
+    rewards, G = NUMBERS["raw_rewards"], NUMBERS["group_size"]
+    for by_std, expected in ((True, "advantages"), (False, "advantages_without_std")):
+        advantages, raw, metadata = grpo.compute_group_normalized_rewards(
+            fixed_reward(rewards), ["0", "1", "2", "3"], [1, 0, 0, 1], G, NUMBERS["advantage_eps"], by_std)
+        # float32 out: 2^-24 relative; a biased std would be wrong by a factor of 1.41, a left-out eps by 2e-6
+        torch.testing.assert_close(advantages.double(), number(expected), rtol=1e-7, atol=0)
+        assert raw.tolist() == rewards and metadata["reward_mean"] == 0.5 and metadata["answer_reward"] == 0.5
+
+
+def test_groups_without_signal_have_advantage_zero():
+    for rewards, G in (([1.0, 0.5, 0.2], 1), ([0.1] * 6, 3), ([0.0] * 4, 4)):
+        for eps in (1e-6, 0.0):
+            advantages, _, metadata = grpo.compute_group_normalized_rewards(
+                fixed_reward(rewards), [str(i) for i in range(len(rewards))], [0] * len(rewards), G, eps, True)
+            assert advantages.tolist() == [0.0] * len(rewards) and metadata["groups_without_signal"] == 1.0
+
+
+@pytest.mark.parametrize("responses, truths, group_size", [(["0"] * 3, [1] * 3, 2), ([], [], 2), (["0"] * 2, [1], 2),
+                                                           (["0"], [1], 0)])
+def test_groups_that_do_not_divide(responses, truths, group_size):
+    with pytest.raises(ValueError, match="groups of"):
+        grpo.compute_group_normalized_rewards(fixed_reward([1]), responses, truths, group_size, 1e-6, True)
+
+
+# ------------------------------------------------------------------------------------------------- losses
+
+def arguments():
+    return dict(raw_rewards=number("raw_rewards")[:, None], advantages=number("advantages")[:, None],
+                old_log_probs=number("old_log_probs"))
+
+
+@pytest.mark.parametrize("loss_type", NUMBERS["per_token"])
+def test_per_token_losses(loss_type):
+    loss, metadata = grpo.compute_policy_gradient_loss(
+        number("policy_log_probs"), loss_type, cliprange=0.2, response_mask=torch.tensor(NUMBERS["mask"]), **arguments())
+    torch.testing.assert_close(loss, torch.tensor(NUMBERS["per_token"][loss_type], dtype=torch.float64), **TIGHT)
+    if loss_type == "grpo_clip":
+        assert metadata["clipped"].tolist() == [[bool(x) for x in row] for row in NUMBERS["clipped"]]
+
+
+@pytest.mark.parametrize("case", NUMBERS["steps"], ids=lambda c: "-".join(
+    str(c[k]) for k in ("loss_type", "length_normalization", "cliprange", "weighted")))
+def test_microbatch_step_known_answer(case):
+    log_probs = number("policy_log_probs").requires_grad_()
+    loss, metadata = grpo.grpo_microbatch_train_step(
+        log_probs, torch.tensor(NUMBERS["mask"]), NUMBERS["gradient_accumulation_steps"], case["loss_type"],
+        cliprange=tuple(case["cliprange"]), length_normalization=case["length_normalization"],
+        normalize_constant=case["normalize_constant"],
+        importance_weights=number("importance_weights") if case["weighted"] else None, **arguments())
+    torch.testing.assert_close(loss.double(), torch.tensor(case["loss"], dtype=torch.float64), **TIGHT)
+    torch.testing.assert_close(log_probs.grad, torch.tensor(case["gradient"], dtype=torch.float64), **TIGHT)
+    if case["clip_fraction"] is not None:
+        assert abs(metadata["clip_fraction"].item() - case["clip_fraction"]) < 1e-6
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("normalization", ["sequence", "token", "constant"])
+def test_ragged_micro_batches_are_the_whole_batch(normalization):
+    mask, whole = torch.tensor(NUMBERS["mask"]), number("policy_log_probs").requires_grad_()
+    settings = dict(loss_type="grpo_clip", cliprange=0.2, length_normalization=normalization, normalize_constant=7.0)
+    loss, _ = grpo.grpo_microbatch_train_step(whole, mask, 1, **settings, **arguments())
+    parts, total = number("policy_log_probs").requires_grad_(), 0.0
+    for rows in ([0], [1, 2, 3]):
+        share = mask.sum().item() / mask[rows].sum().item() if normalization == "token" else len(mask) / len(rows)
+        part, _ = grpo.grpo_microbatch_train_step(parts[rows], mask[rows], share, **settings,
+                                                  **{k: v[rows] for k, v in arguments().items()})
+        total += part
+    torch.testing.assert_close(total, loss, **TIGHT)
+    torch.testing.assert_close(parts.grad, whole.grad, **TIGHT)
+
+
+def test_masked_mean():
+    x, m = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[1, 1, 0], [0, 0, 1]])
+    assert grpo.masked_mean(x, m).item() == 3.0
+    assert grpo.masked_mean(x, m, dim=1).tolist() == [1.5, 6.0]
+    assert grpo.masked_mean(x, m, dim=0).tolist() == [1.0, 2.0, 6.0]
+    empty = grpo.masked_mean(x, torch.tensor([[0, 0, 0], [0, 0, 1]]), dim=1)
+    assert math.isnan(empty[0]) and empty[1] == 6.0                     # 0 / 0, as defined
+    x[0, 2] = float("inf")                                              # outside the mask: no business of the mean's
+    assert grpo.masked_mean(x, m, dim=1).tolist() == [1.5, 6.0]
+
+
+def test_on_policy_clip_loss_has_reinforce_gradient():
+    """At pi = pi_old all ratios are 1: nothing clips and the gradient is REINFORCE's."""
+    grads = []
+    for loss_type in ("grpo_clip", "reinforce_with_baseline"):
+        log_probs = number("policy_log_probs").requires_grad_()
+        grpo.grpo_microbatch_train_step(log_probs, torch.tensor(NUMBERS["mask"]), 1, loss_type, cliprange=0.2,
+                                        **(arguments() | {"old_log_probs": log_probs.detach()}))
+        grads.append(log_probs.grad)
+    torch.testing.assert_close(*grads, **TIGHT)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(loss_type="ppo"), "none of"), (dict(old_log_probs=None), "needs old_log_probs"), (dict(cliprange=None), "needs cliprange"),
+    (dict(advantages=torch.ones(3)), "one value a sequence"), (dict(cliprange=-0.1), "cliprange"),
+    (dict(length_normalization="mean"), "length_normalization"), (dict(length_normalization="constant"), "positive constant")])
+def test_bad_arguments_of_the_step(change, message):
+    settings = dict(loss_type="grpo_clip", cliprange=0.2, **arguments()) | change
+    with pytest.raises(ValueError, match=message):
+        grpo.grpo_microbatch_train_step(number("policy_log_probs"), torch.tensor(NUMBERS["mask"]), 1, **settings)
+
+
+def test_bare_advantages_do_not_broadcast_along_time():
+    square = torch.zeros(3, 3)
+    loss = grpo.compute_naive_policy_gradient_loss(torch.tensor([1.0, 2.0, 3.0]), square - 1)
+    assert loss.tolist() == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
