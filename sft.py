@@ -270,7 +270,7 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     Example: 'The correct answer is B. There is ...' -> 'B'; 'The correct answer is 10000.' -> None
     """
     letters = "ABCD"[:len(mmlu_example.get("options") or "ABCD")]
-    said = re.findall(rf"\b(?:answer|option|choice)\s*(?:is|:)?\s*[:\"'(*]*([{letters}])(?![\w'])(?! [a-z])",
+    said = re.findall(rf"\b(?i:answer|option|choice)\s*(?:is|:)?\s*[:\"'(*]*([{letters}])(?![\w'])(?! [a-z])",
                       model_output)
     if said:
         return said[-1]
