@@ -1,13 +1,12 @@
 """train.py - the pre-training loop: token files in, a model that speaks out.
 
-What:       The embedded corpus, memory-mapped tokens and random windows; checkpoints that survive kill -9; the training step
-            with gradient accumulation and mixed precision; evaluation on fixed windows; data parallelism under torchrun;
-            benchmark modes.
-Source:     Radford et al. 2019 (GPT-2) for the set-up; arXiv:1710.03740 for mixed precision; arXiv:2203.15556 appendix F
-            for counting FLOPs.
-Deviations: 1. Windows are drawn uniformly with replacement, not in epochs. 2. Batches are given for the whole job;
-            micro-batches and ranks slice them and change nothing but rounding. 3. On a GPU a step's loss and gradient norm
-            are looked at one step later, so that the device never waits for the host.
+What:       The embedded corpus, memory-mapped tokens and random windows; checkpoints that survive kill -9; a step with
+            gradient accumulation, mixed precision and data parallelism; evaluation on fixed windows; benchmark modes.
+Source:     Radford et al. 2019 (GPT-2) for the set-up; arXiv:1710.03740 for mixed precision; arXiv:2203.15556,
+            appendix F, for counting FLOPs.
+Deviations: 1. Windows are drawn uniformly with replacement, not in epochs. 2. Batches are given for the whole job:
+            micro-batches and ranks slice them and change nothing but rounding. 3. Losses are read from the device when
+            they are reported, so that it never waits; a step that went wrong is named all the same.
 Copy:       this file alone; needs torch and numpy. Model, loss, optimizer, schedule and clipping are handed in. MIT.
 Run:        python train.py                      trains the embedded default; the README shows what it prints
             python train.py --explain            says what a step of a run does, in numbers
@@ -28,17 +27,20 @@ import signal
 import statistics
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, TextIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 # Dims: B batch (sequences), T context length (tokens), D model width, V vocabulary, N tokens in a file
 
@@ -53,7 +55,7 @@ class Stop(Exception):
         self.code = code
 
 
-# ---------------------------------------------------------------------------------------------- 1. text, tokens, windows
+# ------------------------------------------------------------------------------ 1. text, tokens, windows
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
@@ -74,49 +76,37 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def gather_corpus(out: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Writes train.txt and valid.txt from the standard library's sources, the text that every Python already holds.
 
-    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out: those where
-    the SHA-256 of the relative path divides by ten, so that a new file moves no other from one side to the other.
+    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, where the
+    SHA-256 of the relative path divides by ten: a new file moves no other from one side to the other.
     Returns: {"train": (documents, bytes), "valid": (documents, bytes)}.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    texts: dict[str, list[str]] = {"train": [], "valid": []}
+    texts: dict[str, list[bytes]] = {"train": [], "valid": []}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
-        if skipped & set(name.split("/")):
-            continue
-        try:
-            text = path.read_bytes().decode("utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue                                      # a few sources declare another encoding
-        if text.strip() and END_OF_TEXT not in text:
+        if not skipped & set(name.split("/")) and (text := path.read_bytes()).strip():
             held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10 == 0
-            texts["valid" if held_out else "train"].append(text)
+            with contextlib.suppress(UnicodeDecodeError):             # a few declare another encoding
+                texts["valid" if held_out else "train"].append((text.decode() + END_OF_TEXT).encode())
     if not all(texts.values()):
         raise ValueError(f"no standard-library sources under {root}; give a folder of token files with --tokens")
-    counts = {}
     for split, documents in texts.items():
-        data = "".join(text + END_OF_TEXT for text in documents).encode()
         with write_whole(Path(out) / f"{split}.txt") as file:
-            file.write(data)
-        counts[split] = (len(documents), len(data))
-    return counts
+            file.writelines(documents)
+    return {split: (len(documents), sum(map(len, documents))) for split, documents in texts.items()}
 
 
 def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -> np.ndarray:
-    """Memory-maps a token file (N,), and refuses what would fail, or lie, an hour later.
-
-    Raises: ValueError for a missing or foreign file, fewer than context_length + 1 tokens, or an id >= vocab_size.
-    """
+    """Memory-maps a token file (N,). Raises: ValueError for a missing or foreign file, one of fewer than
+    context_length + 1 tokens, or an id outside the vocabulary: what would fail, or lie, an hour later."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a token file ({error}); make one with: python bpe.py encode") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise ValueError(f"{path} must hold one dimension of integers, it holds {tokens.dtype} {tokens.shape}")
-    if len(tokens) <= context_length:
-        raise ValueError(f"{path} holds {len(tokens)} tokens, too few for windows of {context_length} and their targets; "
-                         "use more text or a smaller --context-length")
+    check_length(tokens, context_length)
     largest = max(int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     if largest >= vocab_size:
         raise ValueError(f"{path} holds token id {largest}, outside the model's vocabulary of {vocab_size}; "
@@ -134,15 +124,16 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     """
     if batch_size < 1 or context_length < 1:
         raise ValueError(f"batch_size and context_length must be at least 1, got {batch_size} and {context_length}")
-    return windows_at(tokens, draw_starts(tokens, batch_size, context_length, generator), context_length, device)
+    check_length(tokens, context_length)
+    starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
+    return windows_at(tokens, starts, context_length, device)
 
 
-def draw_starts(tokens: np.ndarray, batch_size: int, context_length: int, generator: torch.Generator | None) -> np.ndarray:
-    """Random starts (B,), each of the N - T windows that have all their targets equally likely."""
+def check_length(tokens: np.ndarray, context_length: int) -> None:
+    """Raises: ValueError unless there is a whole window with all its targets."""
     if len(tokens) <= context_length:
         raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and their targets; "
                          "use more text or a smaller context length")
-    return torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
 
 
 def windows_at(tokens: np.ndarray, starts: np.ndarray, context_length: int,
@@ -156,7 +147,7 @@ def windows_at(tokens: np.ndarray, starts: np.ndarray, context_length: int,
     return batch[:, :-1], batch[:, 1:]                                                                     # (B, T) each
 
 
-# ------------------------------------------------------------------------------------------------------- 2. checkpoints
+# ------------------------------------------------------------------------------ 2. checkpoints
 
 def bare(model: Any) -> Any:
     """The module inside torch.compile's and DDP's wrappers: its parameter names are the checkpoint's."""
@@ -165,21 +156,17 @@ def bare(model: Any) -> Any:
     return model
 
 
-def save_checkpoint(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int,
+def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, step: int,
                     out: str | os.PathLike | BinaryIO, **more: Any) -> None:
-    """Writes model, optimizer, step and whatever else is given, so that torch.load(weights_only=True) reads it.
+    """Writes model, optimizer (or their state dicts), step and whatever else is given, for torch.load(weights_only=True).
 
     Args: out: a path, replaced whole or not at all, or an open binary file. more: tensors, numbers, strings, dicts.
     Raises: OSError, when the disk is full say; the file that was there before is still there then.
     """
-    write_checkpoint({"model": bare(model).state_dict(), "optimizer": optimizer.state_dict(), "step": step, **more}, out)
-
-
-def write_checkpoint(state: dict[str, Any], out: str | os.PathLike | BinaryIO) -> None:
-    """torch.save to an open file, or to a path: whole or not at all."""
+    model, optimizer = (x if isinstance(x, dict) else bare(x).state_dict() for x in (model, optimizer))
     try:
         with write_whole(out) if isinstance(out, (str, os.PathLike)) else contextlib.nullcontext(out) as file:
-            torch.save(state, file)
+            torch.save({"model": model, "optimizer": optimizer, "step": step, **more}, file)
     except RuntimeError as error:                         # torch's zip writer reports a full disk as a RuntimeError
         raise OSError(f"could not write {out}: {error}") from None
 
@@ -198,31 +185,29 @@ def read_checkpoint(src: str | os.PathLike | BinaryIO) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(src: str | os.PathLike | BinaryIO, model: torch.nn.Module,
+def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Module,
                     optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Restores model and optimizer in place. Returns: the step. Raises: ValueError if unreadable or of another shape."""
-    return restore(read_checkpoint(src), model, optimizer, src)
+    """Restores model and optimizer in place, from a file or from what `read_checkpoint` gave. Returns: the step.
 
-
-def restore(state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, src: Any) -> int:
-    """Loads what `read_checkpoint` gave, or says which tensor does not fit before anything is changed."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()}
-              for tensors in (state["model"], bare(model).state_dict())]
-    wrong = sorted(name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name))
+    Raises: ValueError, before anything has changed, if it is unreadable, or of another shape, and says which tensor.
+    """
+    state, name = (src, "the checkpoint") if isinstance(src, dict) else (read_checkpoint(src), src)
+    there, here = ({key: tuple(tensor.shape) for key, tensor in tensors.items()}
+                   for tensors in (state["model"], bare(model).state_dict()))
+    wrong = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if wrong:
-        there, here = (shape.get(wrong[0], "absent") for shape in shapes)
-        raise ValueError(f"{src} is of another configuration: {wrong[0]} is {there} there and {here} here "
-                         f"({len(wrong)} tensors differ); use the settings that it was trained with")
+        raise ValueError(f"{name} is of another configuration: {wrong[0]} is {there.get(wrong[0], 'absent')} there and "
+                         f"{here.get(wrong[0], 'absent')} here ({len(wrong)} tensors differ); use its own settings")
     if optimizer is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{src} holds another optimizer's state ({error}); resume with the one it was made with") from None
+            raise ValueError(f"{name} holds another optimizer's state ({error}); resume with that one") from None
     bare(model).load_state_dict(state["model"])
     return state["step"]
 
 
-# ---------------------------------------------------------------------------------------------------------- 3. the loop
+# ------------------------------------------------------------------------------ 3. the loop
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -254,18 +239,6 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-@dataclass
-class Parallel:
-    """How this process takes part in the job. The defaults are a job of one process."""
-    rank: int = 0
-    world_size: int = 1
-    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # for all micro-batches but the last
-    finish: Callable[[], None] = lambda: None             # after backward: averages the gradients over the ranks
-    clip: Callable | None = None                          # (parameters, max_norm) -> norm, where no rank sees all gradients
-    full_state: Callable | None = None                    # () -> (model state, optimizer state), whole; every rank calls it
-    load_state: Callable | None = None                    # (checkpoint): the way back
-
-
 def plain_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean loss in nats over the B * T targets, by torch's own cross-entropy of the full logits (B, T, V)."""
     return F.cross_entropy(model(x).flatten(0, -2).float(), y.flatten())
@@ -279,22 +252,54 @@ def evaluation_starts(tokens: np.ndarray, context_length: int, count: int) -> np
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loss_fn: Callable, tokens: np.ndarray, starts: np.ndarray, context_length: int,
-             batch_size: int, autocast: Callable = contextlib.nullcontext) -> float:
+             batch_size: int, precision: str = "fp32") -> float:
     """Mean loss in nats per token; the denominator is all of len(starts) * T targets."""
     device = next(model.parameters()).device
     model.eval()
     total = torch.zeros((), device=device)                                       # read once, at the end
     for i in range(0, len(starts), batch_size):
         x, y = windows_at(tokens, starts[i:i + batch_size], context_length, device)
-        with autocast():
+        with autocast(device, precision):
             total += loss_fn(model, x, y).float() * len(x)
     model.train()
     return total.item() / len(starts)
 
 
+def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[tuple[Tensor, Tensor]],
+                  loss_fn: Callable, clip: Callable, config: TrainConfig, parallel: Any = None) -> Tensor:
+    """One update from the micro-batches (x, y) of this rank, all of one size.
+
+    Returns: (2,) on the device: mean loss over the whole job's targets in nats, gradient norm before clipping.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    loss = torch.zeros((), device=batch[0][0].device)
+    for i, (x, y) in enumerate(batch):
+        quiet = parallel is not None and i + 1 < len(batch)              # gradients travel after the last one only
+        with parallel.no_sync() if quiet else contextlib.nullcontext():
+            with record_function("forward"), autocast(x.device, config.precision):
+                part = loss_fn(model, x, y) / len(batch)                 # the parts' sum is the mean over all targets
+            with record_function("backward"):
+                part.backward()
+        loss += part.detach()
+    with record_function("optimizer"):
+        if parallel is not None:
+            parallel.finish_gradient_synchronization()
+            torch.distributed.all_reduce(loss)
+            loss /= torch.distributed.get_world_size()
+        clip = getattr(parallel, "clip_grad_norm_", None) or partial(clip, [p for p in model.parameters() if p.requires_grad])
+        norm = clip(config.clip_norm)                                    # FSDP's knows the gradients of other ranks
+        optimizer.step()
+    return torch.stack([loss, norm.to(loss)])
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Matrix products in bf16 from fp32 weights, if asked."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
+
+
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens: np.ndarray, valid_tokens: np.ndarray,
           config: TrainConfig, *, loss_fn: Callable = plain_loss, schedule: Callable[[int], float] | None = None,
-          clip: Callable = torch.nn.utils.clip_grad_norm_, parallel: Parallel | None = None,
+          clip: Callable = torch.nn.utils.clip_grad_norm_, parallel: Any = None,
           run_dir: str | os.PathLike | None = None, resume: bool = False, more_state: dict | None = None,
           bytes_per_token: float = 0.0, sample: Callable[[], str] | None = None,
           log: Callable[[str], None] = print) -> dict[str, Any]:
@@ -303,6 +308,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     Args:
         train_tokens, valid_tokens: (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
         schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping.
+        parallel: the ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks.
         run_dir: takes last.pt and log.jsonl; None writes nothing. resume: go on from run_dir/last.pt if it is there.
         more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show now and then.
         bytes_per_token: of the evaluation windows; gives bits per byte. log: takes each line.
@@ -310,111 +316,108 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     Raises: Stop for a loss or gradient norm that is not finite, on SIGTERM or Ctrl-C (after saving), and when the last
         checkpoint cannot be written; ValueError for a batch that does not divide.
     """
-    parallel, schedule = parallel or Parallel(), schedule or (lambda step: config.max_lr)
-    device, T = next(model.parameters()).device, config.context_length
-    share = config.batch_size // parallel.world_size
+    ranks = torch.distributed if parallel is not None else None
+    rank, world_size = (ranks.get_rank(), ranks.get_world_size()) if ranks else (0, 1)
+    sharded = hasattr(parallel, "full_state_dict")        # FSDP: no rank holds whole tensors
+    device, T, share = next(model.parameters()).device, config.context_length, config.batch_size // world_size
     micro = min(config.micro_batch_size or share, share)
-    if config.batch_size % parallel.world_size or share % micro:
-        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {parallel.world_size} ranks "
-                         f"times micro-batches of {micro}")
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast")
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.batch_size % world_size or not share or share % micro:
+        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {world_size} ranks times "
+                         f"micro-batches of {micro}")
+    check_length(train_tokens, T)
     generator = torch.Generator().manual_seed(config.seed)
     starts = evaluation_starts(valid_tokens, T, config.eval_windows)
-    last = Path(run_dir) / "last.pt" if run_dir is not None else None
-    first, seconds_before = 0, 0.0
+    last, journal = Path(run_dir) / "last.pt" if run_dir is not None else None, None
+    first = saved = seconds_before = 0
     if resume and last and last.exists():
         state = read_checkpoint(last)
-        first = parallel.load_state(state) if parallel.load_state else restore(state, model, optimizer, last)
+        if sharded:
+            parallel.load_full_state_dict(state["model"])
+            parallel.load_full_optimizer_state_dict(optimizer, state["optimizer"])
+        else:
+            load_checkpoint(state, model, optimizer)
         generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
-        seconds_before = state["seconds"]
+        first, seconds_before = state["step"], state["seconds"]
+        saved = first
         log(f"resumed from {last} at step {first}")
-    journal = Journal(last.parent if last and parallel.rank == 0 else None, first, config.steps,
-                      log if parallel.rank == 0 else lambda line: None)
+    if last and rank == 0:
+        journal = open_journal(last.with_name("log.jsonl"), first)
     began = time.perf_counter()
     elapsed = lambda: seconds_before + time.perf_counter() - began
 
-    def save(step: int, final: bool = False) -> None:
-        state = parallel.full_state() if parallel.full_state else (bare(model).state_dict(), optimizer.state_dict())
-        if last is None or parallel.rank:
-            return
-        try:
-            write_checkpoint({"model": state[0], "optimizer": state[1], "step": step, "data_rng": generator.get_state(),
-                              "torch_rng": torch.get_rng_state(), "seconds": elapsed(),
-                              "train_config": dataclasses.asdict(config), **(more_state or {})}, last)
-            journal.saved = step
-        except OSError as error:
-            message = f"the checkpoint of step {step} was not written ({error}); " + \
-                (f"that of step {journal.saved} is kept" if journal.saved else "there is no older one")
-            if final:
-                raise Stop(message + ". Free some space and run again with --resume") from None
-            log(message + ". Training goes on")
+    def report(line: str, **values: Any) -> None:         # for people, and the same values for programs
+        log(f"step {values['step']}/{config.steps} | {line}")
+        if journal:
+            journal.write(json.dumps(values) + "\n")
 
-    caught: list[int] = []                                # handlers can be set in the main thread alone
+    def save(step: int, final: bool) -> None:             # every rank calls it: to gather is a collective
+        nonlocal saved
+        state = (parallel.full_state_dict(), parallel.full_optimizer_state_dict(optimizer)) if sharded else \
+            (bare(model).state_dict(), optimizer.state_dict())
+        try:
+            if last and rank == 0:
+                save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
+                                seconds=elapsed(), train_config=dataclasses.asdict(config), **(more_state or {}))
+            saved = step
+        except OSError as error:
+            kept = f"that of step {saved} is kept" if saved else "there is no older one"
+            if final:
+                raise Stop(f"the checkpoint of step {step} was not written ({error}); {kept}. Free some space, --resume")
+            log(f"the checkpoint of step {step} was not written ({error}); {kept}. Training goes on")
+
+    caught: list[int] = []                                # signals, acted on between two steps
+    main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.signal(number, lambda n, frame: caught.append(n))
-                for number in (signal.SIGTERM, signal.SIGINT) if last and threading.current_thread() is threading.main_thread()}
-    loss_value = valid = math.nan
-    reading = None                                        # (step, loss, norm) on their way to the host
+                for number in (signal.SIGTERM, signal.SIGINT) if last and main_thread}
+    recent: list[Tensor] = []                             # (loss, norm) of the steps since they were last read
+    loss = valid = math.nan
+    marked, marked_step = began, first
     model.train()
     try:
-        for step in range(first, config.steps):
+        for done in range(first + 1, config.steps + 1):
+            rate = schedule(done - 1) if schedule else config.max_lr
             for group in optimizer.param_groups:
-                group["lr"] = schedule(step) * group.get("lr_scale", 1.0)
-            mine = draw_starts(train_tokens, config.batch_size, T, generator)       # all ranks draw the same, ...
-            mine = mine[parallel.rank * share:(parallel.rank + 1) * share]          # ... and take their own
-            loss = torch.zeros((), device=device)
-            for i in range(0, share, micro):
-                with phase("data"):
-                    x, y = windows_at(train_tokens, mine[i:i + micro], T, device)
-                with contextlib.nullcontext() if i + micro == share else parallel.no_sync():
-                    with phase("forward"), autocast():
-                        part = loss_fn(model, x, y) * (micro / share)               # a sum of parts is the mean of all
-                    with phase("backward"):
-                        part.backward()
-                loss += part.detach()
-            parallel.finish()
-            with phase("optimizer"):
-                check_finite(reading, journal.saved, last)                          # of the step before
-                norm = (parallel.clip or clip)(parameters, config.clip_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            reading = read_later(step, loss, norm)
+                group["lr"] = rate
+            with record_function("data"):
+                drawn = torch.randint(len(train_tokens) - T, (config.batch_size,), generator=generator).numpy()
+                mine = drawn[rank * share:(rank + 1) * share]            # all ranks draw the same, each takes its own
+                batch = [windows_at(train_tokens, part, T, device) for part in np.split(mine, share // micro)]
+            recent.append(training_step(model, optimizer, batch, loss_fn, clip, config, parallel))
 
-            done = step + 1
-            due = lambda every: every and (done % every == 0 or done == config.steps)
-            if due(config.log_every) or step == first:
-                loss_value, norm_value = check_finite(reading, journal.saved, last)
-                journal.step(done, loss_value, schedule(step), norm_value, config.batch_size * T, device)
-            if due(config.eval_every) or done == config.steps:
-                valid = evaluate(model, loss_fn, valid_tokens, starts, T, micro, autocast)
-                journal.valid(done, valid, bits_per_byte(valid, bytes_per_token), elapsed())
-            if sample and due(config.sample_every) and done < config.steps and parallel.rank == 0:
+            due = lambda every: every > 0 and done % every == 0 or done == config.steps
+            saving = bool(caught) or due(config.checkpoint_every)
+            logging = due(config.log_every) or done == first + 1
+            if logging or saving:
+                loss, norm = read_losses(recent, done, saved, last)      # never save what is already lost
+            if logging:
+                now = time.perf_counter()
+                speed = (done - marked_step) * config.batch_size * T / (now - marked)
+                eta, memory = int((config.steps - done) * config.batch_size * T / speed), memory_in_use(device)
+                marked, marked_step = now, done
+                report(f"loss {loss:.3f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed / 1e3:.1f}k tok/s | "
+                       f"mem {memory / 1e9:.1f} GB | eta {eta // 60}m{eta % 60:02d}s",
+                       step=done, loss=loss, lr=rate, gnorm=norm, tokens_per_second=speed, memory=memory)
+            if due(config.eval_every):
+                valid = evaluate(model, loss_fn, valid_tokens, starts, T, micro, config.precision)
+                bits = bits_per_byte(valid, bytes_per_token)
+                report(f"valid {valid:.3f} nats/token" + (f" | {bits:.3f} bits/byte" if bits else ""),
+                       step=done, valid_loss=valid, bits_per_byte=bits, seconds=elapsed())
+            if sample and rank == 0 and config.sample_every and done < config.steps and due(config.sample_every):
                 log(f"sample at step {done}: {sample()!r}")
-            if caught or due(config.checkpoint_every) or done == config.steps:
-                check_finite(reading, journal.saved, last)                          # never save what is already lost
+            if saving:
                 save(done, final=bool(caught) or done == config.steps)
             if caught and done < config.steps:
-                raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to go on, "
-                           "add --resume to the same command", 128 + caught[0])
+                raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to go "
+                           "on, add --resume to the same command", 128 + caught[0])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        journal.close()
+        if journal:
+            journal.close()
     tokens, seconds = config.steps * config.batch_size * T, elapsed()
-    return {"train_loss": loss_value, "valid_loss": valid, "bits_per_byte": bits_per_byte(valid, bytes_per_token),
+    return {"train_loss": loss, "valid_loss": valid, "bits_per_byte": bits_per_byte(valid, bytes_per_token),
             "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
-
-
-@contextlib.contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Names a stretch of the step for profilers: an NVTX range on a GPU, a record_function range for torch.profiler."""
-    with torch.profiler.record_function(name):
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_push(name)
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.nvtx.range_pop()
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float | None:
@@ -422,69 +425,27 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float | None
     return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else None
 
 
-def read_later(step: int, loss: Tensor, norm: Tensor | float) -> tuple[int, Tensor, torch.cuda.Event | None]:
-    """Starts copying loss and norm to the host; `check_finite` reads them when they have arrived."""
-    pair = torch.stack([loss.float(), torch.as_tensor(norm, device=loss.device).float()])
-    if pair.device.type != "cuda":
-        return step, pair, None
-    host = torch.empty(2, pin_memory=True).copy_(pair, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return step, host, event
+def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) -> list[float]:
+    """Waits for the device, empties `recent` and returns its newest [loss, norm].
+
+    Raises: Stop at the first step whose loss or norm was not finite, with the last good checkpoint and likely causes.
+    """
+    values = torch.stack(recent).tolist()
+    recent.clear()
+    for step, pair in enumerate(values, done - len(values) + 1):
+        if not all(map(math.isfinite, pair)):
+            good = f"the last good checkpoint is {last}, of step {saved}" if saved and last else "there is no checkpoint"
+            raise Stop(f"step {step} has loss {pair[0]} and gradient norm {pair[1]}; {good}. Likely causes: a rate too "
+                       "high or a warm-up too short (try a third of --max-lr), no clipping, a precision that overflows")
+    return values[-1]
 
 
-def check_finite(reading: tuple | None, saved: int, last: Path | None) -> tuple[float, float]:
-    """(loss, norm) of `read_later`. Raises: Stop if one is not finite, with the last good checkpoint and likely causes."""
-    if reading is None:
-        return math.nan, math.nan
-    step, pair, event = reading
-    if event is not None:
-        event.synchronize()
-    loss, norm = pair.tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        good = f"the last good checkpoint is {last}, of step {saved}" if saved and last else "there is no checkpoint yet"
-        raise Stop(f"step {step + 1} has loss {loss} and gradient norm {norm}; {good}. Likely causes: a rate too high or "
-                   "a warm-up too short (try a third of --max-lr), clipping off, or a precision that overflows (try fp32)")
-    return loss, norm
-
-
-class Journal:
-    """The run's record: a line a report on the terminal, the same values in log.jsonl (cut back to where a run resumes)."""
-
-    def __init__(self, run_dir: Path | None, first: int, total: int, log: Callable[[str], None]):
-        self.log, self.total, self.saved, self.file = log, total, first, None
-        self.marked, self.marked_step = time.perf_counter(), first
-        if run_dir:
-            path = run_dir / "log.jsonl"
-            lines = path.read_text().splitlines() if first and path.exists() else []
-            with write_whole(path) as file:               # a killed run may have left half a line, and steps to redo
-                for line in lines:
-                    if line.endswith("}") and json.loads(line)["step"] <= first:
-                        file.write(f"{line}\n".encode())
-            self.file = open(path, "a", buffering=1, encoding="utf-8")
-
-    def step(self, done: int, loss: float, rate: float, norm: float, tokens_per_step: int, device: torch.device) -> None:
-        """Reports a step; the speed is that since the report before."""
-        now, memory = time.perf_counter(), memory_in_use(device)
-        seconds = (now - self.marked) / max(1, done - self.marked_step)
-        self.marked, self.marked_step, eta = now, done, int(seconds * (self.total - done))
-        self.log(f"step {done}/{self.total} | loss {loss:.3f} | lr {rate:.1e} | gnorm {norm:.2f} | "
-                 f"{tokens_per_step / seconds / 1e3:.1f}k tok/s | mem {memory / 1e9:.1f} GB | eta {eta // 60}m{eta % 60:02d}s")
-        self.write(step=done, loss=loss, lr=rate, gnorm=norm, tokens_per_second=tokens_per_step / seconds, memory=memory)
-
-    def valid(self, done: int, loss: float, bits: float | None, seconds: float) -> None:
-        """Reports an evaluation."""
-        self.log(f"step {done}/{self.total} | valid {loss:.3f} nats/token" + (f" | {bits:.3f} bits/byte" if bits else "")
-                 + f" | {seconds:.0f} s")
-        self.write(step=done, valid_loss=loss, bits_per_byte=bits, seconds=seconds)
-
-    def write(self, **values: Any) -> None:
-        if self.file:
-            self.file.write(json.dumps(values) + "\n")
-
-    def close(self) -> None:
-        if self.file:
-            self.file.close()
+def open_journal(path: Path, first: int) -> TextIO:
+    """log.jsonl, cut back to the step where the run begins: a killed one may have left half a line, and steps to redo."""
+    lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
+    with write_whole(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines if line.endswith("}") and json.loads(line)["step"] <= first)
+    return open(path, "a", buffering=1, encoding="utf-8")
 
 
 def memory_in_use(device: torch.device) -> int:
@@ -498,11 +459,11 @@ def memory_in_use(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# ------------------------------------------------------------------------------------------------ 4. putting it together
+# ------------------------------------------------------------------------------ 4. putting it together
 
 # name: (model, run). Every field of ModelConfig and TrainConfig is also a flag that overrides the preset.
 PRESETS: dict[str, tuple[dict, dict]] = {
-    "laptop": (dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6),
+    "corpus": (dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6),
                dict(steps=600, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=60, eval_every=150,
                     checkpoint_every=150)),
     "tinystories": (dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16, d_ff=1344),
@@ -512,283 +473,300 @@ PRESETS: dict[str, tuple[dict, dict]] = {
             dict(steps=20_000, batch_size=256, micro_batch_size=64, max_lr=2e-3, min_lr=2e-5, warmup_steps=1000,
                  eval_every=1000, eval_windows=1024, checkpoint_every=2000, log_every=50, precision="autocast")),
 }
-FOLDERS = {"laptop": "out/corpus", "tinystories": "out/tinystories", "owt": "out/owt"}
 SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (2560, 32, 32),
          "10b": (4608, 50, 36)}                           # width, layers, heads
 
 
 class Setup:
-    """The siblings put together as the command line asks. They are imported here, inside main(), and handed on."""
+    """The siblings put together as the flags ask. They are imported here, when main() calls, and handed on."""
 
     def __init__(self, args: argparse.Namespace):
         import bpe
         import model
         import optim
-        self.args, self.bpe, self.lm, self.optim = args, bpe, model, optim
+        self.args, self.bpe, self.lm, self.optim, self.rank = args, bpe, model, optim, 0
+        shape, run = (dict(values) for values in PRESETS[args.preset])
+        if args.benchmark:
+            shape.update(zip(("d_model", "num_layers", "num_heads"), SIZES[args.benchmark]), d_ff=None)
+        for values, kind in ((shape, model.ModelConfig), (run, TrainConfig)):
+            given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(kind)}
+            values.update({name: value for name, value in given.items() if value is not None})
+        run["context_length"] = shape["context_length"]
+        if args.warmup_steps is None:                     # a shorter run warms up for a shorter time
+            run["warmup_steps"] = min(run["warmup_steps"], run["steps"] // 10)
+        self.model_config, self.config = model.ModelConfig(**shape), TrainConfig(**run)
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
         if not there.get(name.split(":")[0]):
             raise ValueError(f"device {name!r} is not there; use --device cpu, or a torch build that sees it")
         self.device = torch.device(name)
-        shape, run = (dict(values) for values in PRESETS[args.preset])
-        if args.benchmark:
-            shape.update(zip(("d_model", "num_layers", "num_heads"), SIZES[args.benchmark]), d_ff=None)
-        for values, kind in ((shape, model.ModelConfig), (run, TrainConfig)):
-            values.update({f.name: getattr(args, f.name) for f in dataclasses.fields(kind)
-                           if getattr(args, f.name, None) is not None})
-        run["context_length"] = shape["context_length"]
-        if args.warmup_steps is None:                     # a shorter run warms up for a shorter time
-            run["warmup_steps"] = min(run["warmup_steps"], run["steps"] // 10)
-        self.model_config, self.config = model.ModelConfig(**shape), TrainConfig(**run)
+        if args.parallel != "none":
+            import ddp
+            self.rank, _, self.device = ddp.init_distributed("nccl" if self.device.type == "cuda" else "gloo")
         if args.attention == "triton":
             import flash_attn_triton
             self.attention = flash_attn_triton.flash_attention
         else:
             self.attention = {"plain": model.plain_attention, "sdpa": model.sdpa_attention}[args.attention]
-        fused = lambda m, x, y: model.linear_cross_entropy(
-            m.hidden(x), m.lm_head.weight, y, backend="triton" if self.device.type == "cuda" else "torch")
-        loss_fn = {"full": lambda m, x, y: model.cross_entropy(m(x), y), "fused": fused}[args.loss]
+        self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
+        backend = "triton" if self.device.type == "cuda" else "torch"
+        fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y, backend=backend)
+        loss_fn = fused if args.loss == "fused" else lambda m, x, y: model.cross_entropy(m(x), y)
         self.loss_fn = torch.compile(loss_fn, mode=args.compile_mode) if args.compile else loss_fn
 
     def model(self) -> torch.nn.Module:
-        """A new model; the same one for the same seed on every device."""
+        """A new model, the same one for the same seed."""
         torch.manual_seed(self.config.seed)
         model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute)
         return model.to(self.device, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
-    def optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """AdamW with decay on the matrices alone, or Muon; every parameter in exactly one group."""
-        c, own = self.config, [p for p in model.parameters() if p.requires_grad]
-        if self.args.optimizer == "muon":
-            optimizer = self.optim.Muon(model.named_parameters(), lr=c.max_lr, weight_decay=c.weight_decay,
-                                        betas=(c.beta1, c.beta2))
+    def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimizer, and what carries gradients between ranks: None, ddp.DDP or sharded_optim.FSDP.
+
+        AdamW decays the matrices alone; in FSDP's shards they are flat, so they are told apart before it wraps them.
+        """
+        c, args, wrapper, own = self.config, self.args, None, [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": [p for p in own if p.dim() >= 2]}, {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        adamw, options = self.optim.AdamW, dict(lr=c.max_lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
+        if args.parallel in ("ddp", "zero1"):
+            import ddp
+            wrapper = ddp.DDP(model)
+        if args.parallel in ("zero1", "fsdp"):
+            import sharded_optim
+            if args.parallel == "zero1":
+                options["optimizer_cls"], adamw = adamw, sharded_optim.ShardedOptimizer
+            else:
+                wrapper = sharded_optim.FSDP(model, torch.bfloat16 if c.precision == "autocast" else None)
+                self.whole = wrapper.gathered
+        if args.optimizer == "muon":
+            optimizer = self.optim.Muon(model.named_parameters(), **options)
         else:
-            groups = [{"params": [p for p in own if p.dim() >= 2]},
-                      {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
-            optimizer = self.optim.AdamW([g for g in groups if g["params"]], lr=c.max_lr, betas=(c.beta1, c.beta2),
-                                         eps=1e-8, weight_decay=c.weight_decay, state_dtype=torch.float32,
-                                         fused=None if self.args.update == "loop" else self.args.update, master_weights=True)
+            optimizer = adamw(groups, **options, state_dtype=torch.float32, master_weights=True,
+                              fused=None if args.update == "loop" else args.update)
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(grouped) == sorted(map(id, own)), "a parameter stands in no group, or in two"
-        return optimizer
+        return optimizer, wrapper
 
     def schedule(self, step: int) -> float:
-        """The rate of a step, counted from 0: the first one already moves."""
+        """The rate of a step counted from 0; the first one already moves."""
         c = self.config
         return self.optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
 
     def clip(self, parameters: Any, max_norm: float) -> Tensor:
-        """One norm over all; a norm that is not finite is the loop's business, a step later."""
+        """One norm over all. If it is not finite, the loop finds it when it reads the losses."""
         return self.optim.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
 
-    def prepare(self) -> Path:
-        """The folder with tokenizer.json, train.npy and valid.npy; what is missing of the embedded corpus is made now."""
-        folder = Path(self.args.tokens or FOLDERS[self.args.preset])
-        if self.args.tokens is None and self.args.preset == "laptop" and not (folder / "valid.npy").exists():
+    def data(self) -> tuple[np.ndarray, np.ndarray, Any]:
+        """Training tokens, validation tokens and their tokenizer; of the embedded corpus, what is missing is made now."""
+        folder = Path(self.args.tokens or f"out/{self.args.preset}")
+        if folder == Path("out/corpus") and not (folder / "valid.npy").exists():
             print(f"corpus: {gather_corpus(folder)} (documents, bytes) in {folder}")
             vocab, merges = self.bpe.train_bpe(folder / "train.txt", self.model_config.vocab_size, [END_OF_TEXT])
             tokenizer = self.bpe.Tokenizer(vocab, merges, [END_OF_TEXT])
             tokenizer.save(folder / "tokenizer.json")
             for split in ("train", "valid"):
                 self.bpe.encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.npy")
-        return folder
+        train_tokens, valid_tokens = (open_tokens(folder / f"{split}.npy", self.config.context_length,
+                                                  self.model_config.vocab_size) for split in ("train", "valid"))
+        return train_tokens, valid_tokens, self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
 
-    def run(self) -> dict[str, Any]:
-        """Trains as the flags say, prints a sample and the RESULT line, which also goes to result.json."""
-        args, config, folder = self.args, self.config, self.prepare()
-        tokens = {split: open_tokens(folder / f"{split}.npy", config.context_length, self.model_config.vocab_size)
-                  for split in ("train", "valid")}
-        tokenizer = self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
-        model = self.model()
-        optimizer, parallel = self.optimizer(model), Parallel()
-        run_dir = Path(args.run_dir or f"out/{args.preset}")
-        if (run_dir / "last.pt").exists() and not args.resume:
-            (run_dir / "last.pt").replace(run_dir / "previous.pt")
-        starts = evaluation_starts(tokens["valid"], config.context_length, config.eval_windows)
-        targets = windows_at(tokens["valid"], starts, config.context_length, "cpu")[1]
+    def run(self) -> None:
+        """Trains as the flags say; prints a sample and the RESULT line, which also goes to result.json."""
+        args, config, run_dir, first = self.args, self.config, Path(self.args.run_dir), self.rank == 0
+        train_tokens, valid_tokens, tokenizer = self.data()
+        starts = evaluation_starts(valid_tokens, config.context_length, config.eval_windows)
+        targets = windows_at(valid_tokens, starts, config.context_length, "cpu")[1]
         lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
-        sample = lambda: self.sample(model, tokenizer)
-        about = {"model_config": dataclasses.asdict(self.model_config), "train_config": dataclasses.asdict(config),
-                 "command": " ".join(sys.argv), "device": str(self.device), "torch": torch.__version__,
-                 "python": platform.python_version(), "numpy": np.__version__}
-        with write_whole(run_dir / "about.json") as file:
-            file.write(json.dumps(about, indent=1).encode())
-        for name in ("train", "model", "optim", "bpe"):   # the run keeps the source that made it
-            shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
-        print(f"{self.lm.count_parameters(model):,} parameters | {len(tokens['train']):,} training tokens | "
-              f"{config.steps} steps of {config.batch_size} x {config.context_length} tokens | {self.device}, "
-              f"{config.precision}, attention {args.attention}, loss {args.loss}, {args.optimizer} | seed {config.seed}")
-        result = train(model, optimizer, tokens["train"], tokens["valid"], config, loss_fn=self.loss_fn,
-                       schedule=self.schedule, clip=self.clip, parallel=parallel, run_dir=run_dir, resume=args.resume,
-                       more_state={"model_config": about["model_config"]}, sample=sample,
-                       bytes_per_token=lengths[targets].float().mean().item())
-        print(f"\n{sample()}\n")
-        with write_whole(run_dir / "result.json") as file:
-            file.write(json.dumps(result).encode())
-        plot(run_dir)
-        print("RESULT " + json.dumps(result))
-        return result
+        about = dict(model_config=dataclasses.asdict(self.model_config), train_config=dataclasses.asdict(config),
+                     command=sys.argv, torch=torch.__version__, python=platform.python_version(), device=str(self.device))
+        say = print if first else lambda line: None
+        if first:                                         # a run keeps the source that made it
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "about.json").write_text(json.dumps(about, indent=1))
+            for name in ("train", "model", "optim", "bpe"):
+                shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
+        model = self.model()
+        optimizer, wrapper = self.join(model)
+        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | "
+            f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, {config.precision}, "
+            f"attention {args.attention}, loss {args.loss}, {args.optimizer} {args.update}, compile {args.compile}, "
+            f"parallel {args.parallel} | seed {config.seed}")
+        sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
+        try:
+            result = train(model, optimizer, train_tokens, valid_tokens, config, loss_fn=self.loss_fn, clip=self.clip,
+                           schedule=self.schedule, parallel=wrapper, run_dir=run_dir, resume=args.resume, log=say,
+                           more_state={"model_config": about["model_config"]}, sample=sample,
+                           bytes_per_token=lengths[targets].float().mean().item())
+        except Stop as stop:
+            if first:
+                (run_dir / "result.json").write_text(json.dumps({"stopped": str(stop)}))
+            raise
+        if first:
+            (run_dir / "result.json").write_text(json.dumps(result))
+            print(f"\n{sample()}\n" if sample else "")
+            plot([run_dir])
+            print("RESULT " + json.dumps(result))
 
     def sample(self, model: torch.nn.Module, tokenizer: Any) -> str:
         """What the model writes after --prompt."""
-        args = self.args
-        prompt = tokenizer.encode(args.prompt) or [tokenizer.special_tokens[END_OF_TEXT]]
-        new = self.lm.generate(bare(model), [prompt], max_new_tokens=args.sample_tokens, temperature=args.temperature,
-                               top_p=args.top_p, stop_ids=[tokenizer.special_tokens[END_OF_TEXT]], seed=self.config.seed)
+        args, stop = self.args, tokenizer.special_tokens[END_OF_TEXT]
+        prompt = tokenizer.encode(args.prompt) or [stop]
+        new = self.lm.generate(model, [prompt], max_new_tokens=args.sample_tokens, temperature=args.temperature,
+                               top_p=args.top_p, stop_ids=[stop], seed=self.config.seed)
         return args.prompt + tokenizer.decode(new[0].ids)
 
     def from_checkpoint(self) -> tuple[torch.nn.Module, Any]:
-        """The model of --checkpoint, in the shape that it states itself, and the tokenizer of its tokens."""
-        path = Path(self.args.checkpoint or Path(self.args.run_dir or f"out/{self.args.preset}") / "last.pt")
+        """The model of --checkpoint in the shape that it states, and the tokenizer of its tokens."""
+        path = Path(self.args.checkpoint or Path(self.args.run_dir) / "last.pt")
         state = read_checkpoint(path)
         if "model_config" not in state:
             raise ValueError(f"{path} does not state its model's configuration; it was not written by train.py")
         self.model_config = self.lm.ModelConfig(**state["model_config"])
         model = self.model()
-        restore(state, model, None, path)
-        folder = Path(self.args.tokens or FOLDERS[self.args.preset])
-        return model.eval(), self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
-
-
-def plot(*run_dirs: Path) -> None:
-    """Loss against tokens of one or more runs, to loss.png in the first one's folder, where matplotlib is installed."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print(f"no picture of the loss: for {run_dirs[0] / 'loss.png'}, pip install matplotlib")
-        return
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for run_dir in run_dirs:
-        run = json.loads((run_dir / "about.json").read_text())["train_config"]
-        lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-        for key, style in (("loss", "-"), ("valid_loss", "o--")):
-            points = [(line["step"] * run["batch_size"] * run["context_length"], line[key]) for line in lines if key in line]
-            axes.plot(*zip(*points), style, label=f"{run_dir.name}: {key}", markersize=4, linewidth=1)
-    axes.set(xlabel="tokens", ylabel="nats per token")
-    axes.legend(fontsize=7)
-    figure.savefig(run_dirs[0] / "loss.png", dpi=130, bbox_inches="tight")
-    plt.close(figure)
+        load_checkpoint(state, model)
+        return model.eval(), self.bpe.Tokenizer.from_file(Path(self.args.tokens or f"out/{self.args.preset}") / "tokenizer.json")
 
 
 def compare(run_dirs: list[Path]) -> None:
-    """One row a run: its losses, and the tokens it needed to get to the final loss of the first."""
+    """A row a run: its losses, and the tokens it took to get as low as the first one ended. Then their picture."""
     target = None
-    print(f"{'run':28s} {'steps':>6s} {'batch':>6s} {'max lr':>8s} {'train':>7s} {'valid':>7s} {'bits/byte':>9s} "
-          f"{'tokens to row 1':>15s}")
     for run_dir in run_dirs:
-        run = json.loads((run_dir / "about.json").read_text())["train_config"]
-        result = json.loads((run_dir / "result.json").read_text())
-        row = f"{run_dir.name:28s} {run['steps']:6d} {run['batch_size']:6d} {run['max_lr']:8.1e} "
-        if "stopped" in result:
-            print(row + result["stopped"][:60])
-            continue
-        target = target or result["valid_loss"]
-        evals = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines() if "valid_loss" in line]
-        reached = [e["step"] * run["batch_size"] * run["context_length"] for e in evals if e["valid_loss"] <= target]
-        print(row + f"{result['train_loss']:7.3f} {result['valid_loss']:7.3f} {result['bits_per_byte']:9.3f} "
-              f"{reached[0] if reached else 'not reached':>15}")
+        run, result, lines = read_run(run_dir)
+        if target is None:
+            target = result.get("valid_loss", math.inf)
+            print(f"{'run':22s} {'steps':>6s} {'batch':>6s} {'max lr':>8s} {'train':>7s} {'valid':>7s} {'bits/byte':>9s} "
+                  f"{'tokens to ' + format(target, '.3f'):>16s}")
+        reached = [line["tokens"] for line in lines if line.get("valid_loss", math.inf) <= target]
+        print(f"{run_dir.name:22s} {run['steps']:6d} {run['batch_size']:6d} {run['max_lr']:8.1e} " + (
+              result["stopped"][:60] if "stopped" in result else
+              f"{result['train_loss']:7.3f} {result['valid_loss']:7.3f} {result['bits_per_byte'] or math.nan:9.3f} "
+              f"{format(reached[0], ',') if reached else 'not reached':>16}"))
+    plot(run_dirs)
 
 
-# -------------------------------------------------------------------------------------------------- 5. how fast, and why
+def read_run(run_dir: Path) -> tuple[dict, dict, list[dict]]:
+    """(train_config, result, log lines, each with its tokens) of a run that has finished or stopped."""
+    about, result = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("about", "result"))
+    run, lines = about["train_config"], list(map(json.loads, (run_dir / "log.jsonl").read_text().splitlines()))
+    return run, result, [{**line, "tokens": line["step"] * run["batch_size"] * run["context_length"]} for line in lines]
+
+
+def plot(run_dirs: list[Path]) -> None:
+    """Loss against tokens, to loss.png in the first folder, where matplotlib is installed; of several runs, validation."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no loss.png: pip install matplotlib draws one")
+        return
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    for run_dir in run_dirs:
+        for key, style in (("loss", "-"), ("valid_loss", "o--"))[len(run_dirs) > 1:]:
+            points = [(line["tokens"], line[key]) for line in read_run(run_dir)[2] if key in line]
+            axes.plot(*zip(*points), style, label=f"{run_dir.name} {key}", markersize=4, linewidth=1)
+    axes.set(xlabel="tokens", ylabel="nats per token")
+    axes.legend(fontsize=7)
+    figure.savefig(run_dirs[0] / "loss.png", dpi=130, bbox_inches="tight")
+
+
+# ------------------------------------------------------------------------------ 5. how fast, and why
 
 def bench(setup: Setup) -> None:
-    """Times forward, forward+backward and whole steps on random tokens, beside this machine's matrix-product ceiling."""
+    """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here."""
     args, config, device = setup.args, setup.config, setup.device
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    B, T = config.batch_size, config.context_length
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    cuda, B, T = device.type == "cuda", config.batch_size, config.context_length
+    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    ceiling = 2 * n ** 3 / statistics.median(measure(lambda: a @ b, synchronize, 5, 15))
+    ceiling = 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
     causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
     print(f"{setup.lm.count_parameters(setup.model_config) / 1e6:.1f}M parameters, batch {B} x {T}, {config.precision}, "
-          f"compile {args.compile}, attention {args.attention}, loss {args.loss}, recompute {args.recompute} | "
-          f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}, torch {torch.__version__} | ceiling "
+          f"compile {args.compile}, attention {args.attention}, loss {args.loss}, update {args.update}, recompute "
+          f"{args.recompute} | {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
           f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
-    print(f"{'mode':18s} {'mean ms':>9s} {'std':>7s} {'median':>9s} {'tokens/s':>11s} {'TFLOP/s':>8s} {'of ceiling':>10s} "
+    print(f"{'mode':17s} {'mean ms':>9s} {'std':>7s} {'median':>9s} {'tokens/s':>11s} {'TFLOP/s':>8s} {'of ceiling':>10s} "
           f"{'peak GB':>8s}")
     tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint16)
     generator = torch.Generator().manual_seed(config.seed)
     for mode in args.modes:
-        model = optimizer = None
+        model = setup.model()
+        optimizer, _ = setup.join(model)
+
+        def one() -> None:
+            with record_function("data"):
+                x, y = get_batch(tokens, B, T, device, generator)
+            if mode == "step":
+                training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config)
+                return
+            optimizer.zero_grad(set_to_none=True)
+            with record_function("forward"), torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
+                loss = setup.loss_fn(model, x, y)
+            if mode == "forward+backward":
+                with record_function("backward"):
+                    loss.backward()
+
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if args.memory_snapshot:
+            torch.cuda.memory._record_memory_history()
         try:
-            model = setup.model()
-            optimizer = setup.optimizer(model)
-
-            def one() -> None:
-                with phase("data"):
-                    x, y = get_batch(tokens, B, T, device, generator)
-                with phase("forward"), torch.set_grad_enabled(mode != "forward"), \
-                        torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast"):
-                    loss = setup.loss_fn(model, x, y)
-                if mode != "forward":
-                    with phase("backward"):
-                        loss.backward()
-                if mode == "step":
-                    with phase("optimizer"):
-                        setup.clip(model.parameters(), config.clip_norm)
-                        optimizer.step()
-                if mode != "forward":
-                    optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            if args.memory_snapshot:
-                torch.cuda.memory._record_memory_history()
-            times = measure(one, synchronize, args.warmup, args.repeats)
-            seconds = statistics.median(times)
-            work = causal * (1 if mode == "forward" else 3) / seconds
-            print(f"{mode:18s} {statistics.mean(times) * 1e3:9.2f} {statistics.pstdev(times) * 1e3:7.2f} {seconds * 1e3:9.2f} "
-                  f"{B * T / seconds:11,.0f} {work / 1e12:8.2f} {work / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
-            if args.profile:
-                with torch.profiler.profile() as profile:
-                    measure(one, synchronize, 0, 3)
-                key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-                print(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-                profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
-            if args.memory_snapshot:
-                torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
+            times = measure(one, cuda, args.warmup, args.repeats)
         except torch.OutOfMemoryError:
-            print(f"{mode:18s} out of memory: lower --batch-size, or add --recompute 1")
-        del model, optimizer
+            print(f"{mode:17s} out of memory: lower --batch-size, or add --recompute 1")
+            continue
+        seconds = statistics.median(times)
+        rate = causal * (1 if mode == "forward" else 3) / seconds
+        mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
+        print(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {B * T / seconds:11,.0f} {rate / 1e12:8.2f} "
+              f"{rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
+        if args.profile:                                  # emit_nvtx turns the named phases into NVTX ranges for nsys
+            with torch.profiler.profile() as profile, torch.autograd.profiler.emit_nvtx(enabled=cuda):
+                measure(one, cuda, 0, 3)
+            key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+            print(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+            profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
+        if args.memory_snapshot:
+            torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
 
 
-def measure(f: Callable[[], Any], synchronize: Callable, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after `warmup` ones; the device is waited for before and after each."""
+def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls after `warmup` ones; the GPU is waited for before and after each."""
     times = []
-    for i in range(warmup + repeats):
-        synchronize()
+    for _ in range(warmup + repeats):
+        if cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         f()
-        synchronize()
+        if cuda:
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return times[warmup:]
 
 
-# --------------------------------------------------------------------------------------------------------- 6. self-check
+# ------------------------------------------------------------------------------ 6. in numbers
 
 def self_check(seed: int = 0) -> float:
-    """On a bigram model: four micro-batches equal one batch, and a resumed run equals one that never stopped, bit for bit.
+    """On a bigram model: four micro-batches equal one batch, and a resumed run equals one that never stopped.
 
     Returns: the largest parameter difference between one batch and four. Raises: AssertionError above 1e-6 (a forgotten
     division by four is off by 1e-1), or for any difference after resuming.
     """
-    import tempfile
     tokens = np.random.default_rng(seed).integers(0, 17, 1000, dtype=np.uint16)
 
-    def one_run(run_dir: str | None = None, resume: bool = False, **changes: Any) -> Tensor:
+    def outcome(run_dir: str | None = None, resume: bool = False, steps: int = 8, micro_batch_size: int = 0) -> Tensor:
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Embedding(17, 8), torch.nn.Linear(8, 17))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        config = TrainConfig(**{**dict(steps=8, batch_size=8, context_length=5, eval_windows=4, checkpoint_every=0), **changes})
-        train(model, optimizer, tokens, tokens, config, run_dir=run_dir, resume=resume, log=lambda line: None)
+        config = TrainConfig(steps=steps, batch_size=8, context_length=5, micro_batch_size=micro_batch_size)
+        train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), tokens, tokens, config, run_dir=run_dir,
+              resume=resume, log=lambda line: None)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-    whole = one_run()
-    apart = (one_run(micro_batch_size=2) - whole).abs().max().item()
+    whole = outcome()
+    apart = (outcome(micro_batch_size=2) - whole).abs().max().item()
     assert apart < 1e-6, f"four micro-batches differ from one batch by {apart:.1e}"
     with tempfile.TemporaryDirectory() as folder:
-        one_run(run_dir=folder, steps=5)
-        assert torch.equal(one_run(run_dir=folder, resume=True), whole), "a resumed run differs from one that never stopped"
+        outcome(folder, steps=5)
+        assert torch.equal(outcome(folder, resume=True), whole), "a resumed run differs from one that never stopped"
     return apart
 
 
@@ -796,92 +774,84 @@ def explain(setup: Setup) -> None:
     """What one step of the run that the flags ask for does, in numbers."""
     c, m, count = setup.config, setup.model_config, setup.lm.count_parameters(setup.model_config)
     tokens, flops = c.batch_size * c.context_length, 3 * setup.lm.count_flops(m, c.context_length)["total"]
-    micro = c.micro_batch_size or c.batch_size
+    micro, at = c.micro_batch_size or c.batch_size, (0, c.warmup_steps, c.steps // 2, c.steps - 1)
     print(f"""One step of `python train.py` with these flags:
-  batch     {c.batch_size} windows of {c.context_length} tokens = {tokens:,} tokens, drawn anywhere in the token file,
-            read in {c.batch_size // micro} micro-batch(es) of {micro}; targets are the same windows one token later
-  forward   {m.num_layers} blocks of width {m.d_model}, {count:,} parameters; an untrained model should say
+  batch     {c.batch_size} windows of {c.context_length} tokens = {tokens:,} tokens, from anywhere in the token file, in
+            {c.batch_size // micro} micro-batch(es) of {micro}; the targets are the same windows one token later
+  forward   {m.num_layers} blocks of width {m.d_model}, {count:,} parameters; an untrained model is expected to lose
             ln {m.vocab_size} = {math.log(m.vocab_size):.2f} nats per token
-  FLOPs     {flops * c.batch_size:.2e} a step, forward and backward (three times the forward pass)
-  gradient  one norm over all parameters, cut to {c.clip_norm}; not finite: the run stops and names its last checkpoint
-  rate      {' '.join(f'{setup.schedule(s):.1e}' for s in (0, c.warmup_steps, c.steps // 2, c.steps - 1))} at steps 0, """
-          f"""{c.warmup_steps}, {c.steps // 2}, {c.steps - 1}
-  memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32, and activations on top
+  FLOPs     {flops * c.batch_size:.2e} forward and backward, which is three times the forward pass
+  gradient  one norm over all parameters, cut to {c.clip_norm}; not finite: the run stops and names its checkpoint
+  rate      {', '.join(f'{setup.schedule(s):.1e}' for s in at)} at steps {', '.join(map(str, at))}
+  memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32; activations come on top
   run       {c.steps} steps = {c.steps * tokens:,} tokens, {c.steps * tokens / count:.1f} a parameter""")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
-    parser.add_argument("runs", nargs="*", type=Path, help="compare: folders of runs; export: the folder to write")
     add = parser.add_argument
-    add("--preset", choices=list(PRESETS), default="laptop")
-    add("--tokens", help="folder with tokenizer.json, train.npy, valid.npy (default: the preset's under out/)")
-    add("--run-dir", help="where checkpoints and logs go (default out/PRESET)")
+    add("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
+    add("folders", nargs="*", type=Path, help="compare: folders of runs; corpus, export: the folder to write")
+    add("--preset", choices=list(PRESETS), default="corpus")
+    add("--tokens", help="folder with tokenizer.json, train.npy and valid.npy (default out/PRESET)")
+    add("--run-dir", help="for checkpoints and logs (default out/train, or out/PRESET-train)")
     add("--resume", action="store_true", help="go on from RUN_DIR/last.pt")
     add("--checkpoint", help="generate, export: default RUN_DIR/last.pt")
     add("--optimizer", choices=["adamw", "muon"], default="adamw")
     add("--update", choices=["loop", "foreach", "triton"], default="foreach", help="AdamW's way over the parameters")
-    add("--device", default="auto")
+    add("--parallel", choices=["none", "ddp", "zero1", "fsdp"], default="none", help="under torchrun")
+    add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="full", help="fused: the (B * T, V) logits never exist")
     add("--compile", action="store_true")
-    add("--compile-mode", default=None, help="torch.compile's mode: reduce-overhead uses CUDA graphs")
+    add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
     add("--prompt", default="def ")
     add("--sample-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.7)
     add("--top-p", type=float, default=0.95)
+    modes = ["forward", "forward+backward", "step"]
     add("--benchmark", choices=list(SIZES), help="time a model of this size instead of training")
-    add("--modes", nargs="+", choices=["forward", "forward+backward", "step"], default=["forward", "forward+backward", "step"])
+    add("--modes", nargs="+", choices=modes, default=modes)
     add("--warmup", type=int, default=5)
     add("--repeats", type=int, default=10)
-    add("--profile", metavar="DIR", help="with --benchmark: print torch.profiler's table, write its trace")
+    add("--profile", metavar="DIR", help="with --benchmark: print torch.profiler's table and write its trace")
     add("--memory-snapshot", metavar="DIR", help="with --benchmark: write CUDA's memory history")
     add("--explain", action="store_true", help="say what a step does, check the loop, and stop")
-    add("--seed", type=int)
     import model
-    taken = set()
-    for config in (model.ModelConfig, TrainConfig):
-        hints = typing.get_type_hints(config)
-        for f in dataclasses.fields(config):
-            hint = hints[f.name]
-            kind = next((part for part in typing.get_args(hint) or (hint,) if part in (int, float, str, bool)), None)
-            if kind and f.name != "seed" and f"--{f.name}" not in taken:
-                taken.add(f"--{f.name}")
-                how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-                add("--" + f.name.replace("_", "-"), help=f"{config.__name__}, default by preset", **how)
+    fields = {f.name: (kind, typing.get_type_hints(kind)[f.name]) for kind in (model.ModelConfig, TrainConfig)
+              for f in dataclasses.fields(kind)}
+    for name, (config, hint) in fields.items():
+        kind = next((part for part in typing.get_args(hint) or (hint,) if part in (int, float, str, bool)), None)
+        if kind:
+            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+            add("--" + name.replace("_", "-"), help=f"{config.__name__}, default by preset", **how)
     args = parser.parse_args()
+    args.run_dir = args.run_dir or ("out/train" if args.preset == "corpus" else f"out/{args.preset}-train")
     try:
         if args.action == "corpus":
-            print(gather_corpus(args.tokens or FOLDERS["laptop"]))
-            return 0
-        if args.action == "compare":
-            compare(args.runs)
-            plot(*args.runs)
-            return 0
-        setup = Setup(args)
-        if args.explain:
-            explain(setup)
+            print(gather_corpus(args.folders[0] if args.folders else "out/corpus"))
+        elif args.action == "compare":
+            compare(args.folders)
+        elif args.explain:
+            explain(Setup(args))
             print(f"\nfour micro-batches = one batch to {self_check():.1e}, resumed = never stopped bit for bit  OK")
         elif args.benchmark:
-            bench(setup)
-        elif args.action in ("generate", "export"):
+            bench(Setup(args))
+        elif args.action == "train":
+            Setup(args).run()
+        else:
+            setup = Setup(args)
             model, tokenizer = setup.from_checkpoint()
             if args.action == "generate":
                 print(setup.sample(model, tokenizer))
             else:
-                out = args.runs[0] if args.runs else Path("out/export")
+                out = args.folders[0] if args.folders else Path("out/export")
                 setup.lm.save_hf(model, out, tokenizer)
                 print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
-        else:
-            setup.run()
-    except Stop as stop:
-        print(f"train.py: {stop}", file=sys.stderr)
-        return stop.code
-    except (ValueError, OSError) as error:
+    except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "code", 2)
     return 0
 
 
