@@ -249,7 +249,9 @@ class Tokenizer:
             raise ValueError(f"the vocabulary lacks {len(missing)} of the 256 single bytes, byte {missing[0]} first; "
                              f"a byte-level vocabulary needs them all")
         try:
-            self.ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
+            self.ranks = {}
+            for a, b in merges:                                  # a pair's place is its rank; a repeated one counts once
+                self.ranks.setdefault((ids[a], ids[b]), (len(self.ranks), ids[a + b]))
         except KeyError as e:
             raise ValueError(f"a merge needs the token {e.args[0]!r}, which the vocabulary lacks") from None
         self.special_tokens: dict[str, int] = {}
@@ -499,7 +501,7 @@ def lookup_tables() -> tuple[bytes, np.ndarray, np.ndarray]:
     of them it takes along ("s": 1, "ll": 2).
     """
     byte_class = bytes(classify(np.arange(128))) + bytes([OTHER]) * 128
-    starts, contraction = np.zeros(216, np.uint8), np.zeros(1 << 16, np.uint8)
+    starts, contraction = np.zeros(216, bool), np.zeros(1 << 16, np.uint8)
     pattern = regex.compile(PATTERNS["gpt2"])
     for i, (before, this, after) in enumerate(itertools.product(SAMPLES, repeat=3)):
         starts[i] = this != "" and any(m.start() == len(before) for m in pattern.finditer(before + this + after))
@@ -536,7 +538,7 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
 
     quote = np.flatnonzero(data == ord("'"))
     quote = quote[(padded[quote] != OTHER) & (padded[quote] != SPACE)]              # else it is inside " '" or "(('"
-    after = np.append(data, [0, 0])
+    after = np.frombuffer(raw + bytes(2), np.uint8)
     take = contraction[after[quote + 1] + 256 * after[quote + 2].astype(np.uint16)]
     ends = quote + 1 + take
     ok = (take > 0) & (padded[quote + 2] == LETTER) & (padded[ends] == LETTER)      # not when a special token cuts it
@@ -551,53 +553,63 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     return np.flatnonzero(starts)
 
 
-class HashTable:
-    """uint64 keys to int64 values, a whole array of them at a time. The key 2**64 - 1 is reserved for empty slots.
+class Growing:
+    """A numpy array that is appended to. Its `data` is longer than its `size`, by at least LONG + 8 elements."""
 
-    Open addressing: a key sits in the slot that its product with a large odd number names, or in the next free one.
+    def __init__(self, dtype: Any):
+        self.data, self.size = np.zeros(1024, dtype), 0
+
+    def append(self, values: Any) -> None:
+        end = self.size + len(values)
+        if end + LONG + 8 > len(self.data):
+            self.data = np.concatenate([self.data[:self.size], np.zeros(end + LONG + 8, self.data.dtype)])
+        self.data[self.size:end] = values
+        self.size = end
+
+
+class KeyTable:
+    """Numbers distinct uint64 keys 1, 2, 3, ... in the order in which they are added; whole arrays at a time.
+
+    A hash table with open addressing: a key's number is in the slot that its product with a large odd number names, or
+    in the next one that was free. Number 0 marks a free slot; its key, 2**64 - 1, is nobody's.
     """
-    EMPTY = np.uint64(2**64 - 1)
 
-    def __init__(self, bits: int = 16):
-        self.bits, self.count = bits, 0
-        self.keys, self.values = np.full(1 << bits, self.EMPTY), np.zeros(1 << bits, np.int32)
+    def __init__(self):
+        self.keys, self.slots = Growing(np.uint64), np.zeros(1 << 12, np.int32)
+        self.keys.append([2**64 - 1])
 
-    def slots(self, keys: np.ndarray) -> np.ndarray:
-        return ((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - self.bits)).astype(np.int64)
+    def first_slot(self, keys: np.ndarray) -> np.ndarray:
+        bits = len(self.slots).bit_length() - 1
+        return ((keys * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(64 - bits)).view(np.int64)
 
     def get(self, keys: np.ndarray) -> np.ndarray:
-        """The values of the keys, -1 for those that are not there."""
-        slots = self.slots(keys)
-        found = self.keys[slots]
-        values = self.values[slots]
-        open_ = np.flatnonzero(found != keys)                   # look further for those that found another key
-        values[open_] = -1
-        open_ = open_[found[open_] != self.EMPTY]
-        slots = slots[open_]
-        while open_.size:
-            slots = (slots + 1) & (len(self.keys) - 1)
-            found = self.keys[slots]
-            hit = found == keys[open_]
-            values[open_[hit]] = self.values[slots[hit]]
-            further = ~hit & (found != self.EMPTY)
-            open_, slots = open_[further], slots[further]
-        return values
+        """The numbers of the keys, 0 for those that were never added."""
+        slot = self.first_slot(keys)
+        numbers = self.slots[slot]
+        on = np.flatnonzero(self.keys.data[numbers] != keys)
+        on = on[numbers[on] > 0]                                # another key sits there: go on to the next slot
+        slot = slot[on]
+        while on.size:
+            slot = (slot + 1) & (len(self.slots) - 1)
+            numbers[on] = other = self.slots[slot]
+            further = (other > 0) & (self.keys.data[other] != keys[on])
+            on, slot = on[further], slot[further]
+        return numbers
 
-    def insert(self, keys: np.ndarray, values: np.ndarray) -> None:
-        """Adds keys that are not there yet, all different. Never more than a third full: runs of slots stay short."""
-        while 3 * (self.count + len(keys)) > len(self.keys):
-            full = self.keys != self.EMPTY
-            old_keys, old_values = self.keys[full], self.values[full]
-            self.__init__(self.bits + 1)
-            self.insert(old_keys, old_values)
-        self.count += len(keys)
-        slots = self.slots(keys)
-        while keys.size:
-            free = self.keys[slots] == self.EMPTY
-            self.keys[slots[free]] = keys[free]                 # of several keys that want one slot, the last one wins
-            won = self.keys[slots] == keys
-            self.values[slots[won]] = values[won]
-            keys, values, slots = keys[~won], values[~won], (slots[~won] + 1) & (len(self.keys) - 1)
+    def add(self, keys: np.ndarray) -> None:
+        """Adds keys that are all different and not there yet. At most a fourth of the slots is ever taken."""
+        first = self.keys.size
+        self.keys.append(keys)
+        if 4 * self.keys.size > len(self.slots):
+            self.slots = np.zeros(1 << (8 * self.keys.size).bit_length(), np.int32)
+            first = 1
+        numbers = np.arange(first, self.keys.size, dtype=np.int32)
+        slot = self.first_slot(self.keys.data[first:self.keys.size])
+        while numbers.size:
+            free = self.slots[slot] == 0
+            self.slots[slot[free]] = numbers[free]              # of several that want one slot, the last one gets it
+            on = self.slots[slot] != numbers
+            numbers, slot = numbers[on], (slot[on] + 1) & (len(self.slots) - 1)
 
 
 # FILL[n] sets all but the first n bytes of a 64-bit word to 0xFF, which never occurs in UTF-8: what a short word lacks
@@ -611,29 +623,6 @@ def eight_bytes(padded: bytes) -> np.ndarray:
     return np.ndarray(len(padded) - 7, "<u8", padded, strides=(1,))
 
 
-def in_eights(view: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Words as rows of uint64. Returns: all rows, each one's number within its word, where each word's rows begin."""
-    rows = (lengths + 7) >> 3
-    begins = np.cumsum(rows) - rows
-    number = np.arange(rows.sum()) - np.repeat(begins, rows)
-    left = np.repeat(lengths, rows) - 8 * number
-    return view[np.repeat(starts, rows) + 8 * number] | FILL[np.minimum(left, 8)], number, begins
-
-
-class Growing:
-    """A numpy array that is appended to. Its `data` is longer than its `size`, by at least LONG + 8 elements."""
-
-    def __init__(self, dtype: Any):
-        self.data, self.size = np.zeros(1024, dtype), 0
-
-    def append(self, values: np.ndarray) -> None:
-        end = self.size + len(values)
-        if end + LONG + 8 > len(self.data):
-            self.data = np.concatenate([self.data[:self.size], np.zeros(end + LONG + 8, self.data.dtype)])
-        self.data[self.size:end] = values
-        self.size = end
-
-
 def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """The positions of many stretches in one array: spread([5, 9], [2, 3]) -> [5, 6, 9, 10, 11]."""
     ends = np.cumsum(lengths)
@@ -641,71 +630,70 @@ def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class WordTable:
-    """Gives every distinct word a number 0, 1, 2, ... and keeps its bytes: a dict of words, a chunk at a time.
+    """Gives every distinct word a number 1, 2, 3, ... and keeps its bytes: a dict of words, a chunk at a time.
 
     A word of up to eight bytes is its own 64-bit key. A longer one has a hash for a key, and its bytes are compared
     with those of the word that was found; where they differ, and for words over LONG bytes, a dict decides.
     """
 
     def __init__(self):
-        self.table, self.others = HashTable(), {}
+        self.table, self.others = KeyTable(), {}
         self.text, self.starts, self.lengths = Growing(np.uint8), Growing(np.int64), Growing(np.int64)
+        self.starts.append([0])                                 # of number 0, which is no word
+        self.lengths.append([0])
 
     def numbers(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of the words that stand in raw at starts; words not seen before are added. Returns int32 (P,)."""
-        huge = np.flatnonzero(lengths > LONG)
-        if huge.size:
-            numbers, rest = np.empty(len(starts), np.int32), np.flatnonzero(lengths <= LONG)
-            numbers[rest] = self.numbers(raw, starts[rest], lengths[rest])
-            numbers[huge] = self.one_by_one(raw, starts[huge], lengths[huge])
-            return numbers
         view = eight_bytes(raw + bytes(8))
         keys = view[starts] | FILL[np.minimum(lengths, 8)]
-        long = np.flatnonzero(lengths > 8)
-        rows, row, begins = in_eights(view, starts[long], lengths[long])
-        keys[long] = word_hash(rows, row, begins)
+        long = np.flatnonzero(lengths > 8)                      # for these: all their bytes, in rows of eight
+        clipped = np.minimum(lengths[long], LONG)
+        num_rows = (clipped + 7) >> 3
+        begins = np.cumsum(num_rows) - num_rows
+        owner = np.repeat(np.arange(len(long)), num_rows)
+        row = np.arange(len(owner)) - begins[owner]
+        fill = FILL[np.minimum(clipped[owner] - 8 * row, 8)]
+        rows = view[starts[long][owner] + 8 * row] | fill
+        if long.size:
+            keys[long] = word_hash(np.add.reduceat(rows * MULTIPLIERS[row], begins))
         numbers = self.table.get(keys)
-        new = np.flatnonzero(numbers < 0)
+        new = np.flatnonzero(numbers == 0)
         if new.size:
             distinct, first = np.unique(keys[new], return_index=True)
-            first = new[first]
-            self.table.insert(distinct, self.add(raw, starts[first], lengths[first]))
+            self.add(raw, starts[new[first]], np.minimum(lengths[new[first]], LONG), distinct)
             numbers[new] = self.table.get(keys[new])
         found = numbers[long]
         same = self.lengths.data[found] == lengths[long]
-        kept, _, _ = in_eights(eight_bytes(self.text.data), self.starts.data[found], lengths[long])
-        same[np.searchsorted(begins, np.flatnonzero(kept != rows), "right") - 1] = False
-        wrong = long[~same]                                     # two words with one hash: nobody meets them by chance
+        kept = eight_bytes(self.text.data)[self.starts.data[found][owner] + 8 * row] | fill
+        same[owner[kept != rows]] = False
+        wrong = long[~same]                                     # too long, or two words have one hash
         if wrong.size:
             numbers[wrong] = self.one_by_one(raw, starts[wrong], lengths[wrong])
         return numbers
 
-    def add(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        first = self.starts.size
+    def add(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> None:
+        self.table.add(keys)
         self.starts.append(self.text.size + np.cumsum(lengths) - lengths)
         self.lengths.append(lengths)
         self.text.append(np.frombuffer(raw, np.uint8)[spread(starts, lengths)])
-        return np.arange(first, self.starts.size, dtype=np.int32)
 
     def one_by_one(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> list[int]:
         words = [raw[start:start + length] for start, length in zip(starts.tolist(), lengths.tolist())]
         new = {word: i for i, word in enumerate(words) if word not in self.others}
+        self.others.update(zip(new, itertools.count(self.lengths.size)))
         at = np.fromiter(new.values(), np.int64)
-        self.others.update(zip(new, self.add(raw, starts[at], lengths[at]).tolist()))
+        self.add(raw, starts[at], lengths[at], np.full(len(at), 2**64 - 1, np.uint64))     # a key that is never asked for
         return [self.others[word] for word in words]
 
 
-def word_hash(rows: np.ndarray, row: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    """A 56-bit hash of each word below the byte 0xFE, which never occurs in UTF-8: it equals no short word's key."""
-    if not rows.size:
-        return rows
-    total = np.add.reduceat(rows * MULTIPLIERS[row], begins)
+def word_hash(total: np.ndarray) -> np.ndarray:
+    """56 mixed bits below the byte 0xFE, which never occurs in UTF-8: the key of no short word."""
     return ((total ^ (total >> np.uint64(32))) * MULTIPLIERS[0] >> np.uint64(8)) | np.uint64(0xFE << 56)
 
 
 def count_words(path: str, special_tokens: list[str], ranges: list[tuple[int, int]]) -> tuple[np.ndarray, ...]:
     """count_words_plain over some ranges of a file. Returns: all words' bytes end to end, their lengths, their counts."""
-    words, counts = WordTable(), np.zeros(0, np.int64)
+    words, counts = WordTable(), np.zeros(1, np.int64)
     special = re.compile(special_pattern(special_tokens).encode())
     for start, end in ranges:
         raw = read_range(path, start, end)
@@ -714,7 +702,7 @@ def count_words(path: str, special_tokens: list[str], ranges: list[tuple[int, in
         seen = np.bincount(numbers, minlength=words.lengths.size)
         seen[:len(counts)] += counts
         counts = seen
-    return words.text.data[:words.text.size], words.lengths.data[:words.lengths.size], counts
+    return words.text.data[:words.text.size], words.lengths.data[1:words.lengths.size], counts[1:]
 
 
 def count_all_words(path: str, special_tokens: list[str], num_processes: int | None = None, log: Callable | None = None,
@@ -732,8 +720,16 @@ def count_all_words(path: str, special_tokens: list[str], num_processes: int | N
         totals = np.append(totals, np.zeros(words.lengths.size - len(totals), np.int64))
         totals[numbers] += counts
         report(job[2][-1][1])
-    S, lengths = len(special_tokens), words.lengths.data[:words.lengths.size]
+    S, lengths = 1 + len(special_tokens), words.lengths.data[:words.lengths.size]
     return words.text.data[lengths[:S].sum():words.text.size], lengths[S:], totals[S:]
+
+
+GAP, GONE = -1, -2                                              # in a row of symbols: between words, and merged away
+NEVER = 2**63 - 1
+
+
+def pair_key(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return ((left << 32) | (right & 0xFFFFFFFF)).view(np.uint64)
 
 
 def merge_words(text: np.ndarray, lengths: np.ndarray, counts: np.ndarray, num_merges: int,
@@ -746,7 +742,6 @@ def merge_words(text: np.ndarray, lengths: np.ndarray, counts: np.ndarray, num_m
     when none of them is left, the row is closed up and all pairs are taken anew, with a lower floor. (A pair below the
     floor cannot rise above it, for new places come with new symbols only.)
     """
-    GAP, GONE = -1, -2
     symbol = np.full(len(text) + len(lengths) + 1, GAP, np.int32)
     inside = spread(np.cumsum(lengths) - lengths + np.arange(1, len(lengths) + 1), lengths)
     symbol[inside] = text
@@ -841,18 +836,17 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.dtype = tokenizer, tokenizer.dtype
-        pairs = np.array(list(tokenizer.ranks), np.uint64).reshape(-1, 2)
-        ranks = np.array(list(tokenizer.ranks.values()), np.int64).reshape(-1, 2)
-        self.ranks = HashTable()
-        self.ranks.insert((pairs[:, 0] << np.uint64(32)) | pairs[:, 1], ranks[:, 0])
-        self.merged = np.zeros(len(tokenizer.merges), np.int64)
-        self.merged[ranks[:, 0]] = ranks[:, 1]
+        pairs = np.array(list(tokenizer.ranks), np.int64).reshape(-1, 2)
+        self.ranks = KeyTable()                                 # of pairs, in order: a pair's number is its rank, plus 1
+        self.ranks.add(pair_key(pairs[:, 0], pairs[:, 1]))
+        self.merged = np.array([0] + [new for _, new in tokenizer.ranks.values()])
         self.byte_ids = np.array([tokenizer.token_id[bytes([i])] for i in range(256)])
         self.special = re.compile(special_pattern(tokenizer.special_tokens).encode())
         self.forget()
 
     def forget(self) -> None:
         self.words, self.ids, self.begins, self.counts = WordTable(), Growing(self.dtype), Growing(int), Growing(int)
+        self.remember([], [0])
         for token, i in self.tokenizer.special_tokens.items():
             raw = token.encode()
             self.words.numbers(raw, np.array([0]), np.array([len(raw)]))
@@ -876,45 +870,44 @@ class FastEncoder:
     def learn(self, first: int) -> None:
         """Merges the words from number `first` on."""
         starts, lengths = (a.data[first:a.size] for a in (self.words.starts, self.words.lengths))
-        symbols = self.byte_ids[self.words.text.data[starts[0]:self.words.text.size]]
-        self.remember(*self.merge_batch(symbols, lengths))
+        self.remember(*self.merge_batch(self.words.text.data[starts[0]:self.words.text.size], lengths))
 
-    def merge_batch(self, symbols: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokenizer.merge_word for many words at once, end to end in symbols. Returns: their ids, and how many of each.
+    def merge_batch(self, text: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenizer.merge_word for many words at once, end to end in text. Returns: their ids, and how many of each.
 
-        In every round each word joins its first pair of lowest rank; a word without such a pair is done.
+        The words stand in a row with a gap before each, and links jump over what is merged away, as in merge_words. In
+        every round each word joins its pair of lowest rank, the first of them; a word without such a pair is done.
         """
-        NEVER = 2**31 - 1
-        word = np.repeat(np.arange(len(lengths)), lengths)
-        rank = np.full(len(symbols), NEVER)                     # of the pair that a symbol makes with the next one
-        done: list[tuple[np.ndarray, np.ndarray]] = []
-        look = np.arange(len(symbols) - 1)
-        while symbols.size:
-            look = look[word[look] == word[look + 1]]
-            found = self.ranks.get((symbols[look].astype(np.uint64) << np.uint64(32)) | symbols[look + 1].astype(np.uint64))
-            rank[look] = np.where(found < 0, NEVER, found)
-            begins = np.flatnonzero(np.diff(word, prepend=-1))
-            best = np.minimum.reduceat((rank << 32) | np.arange(len(rank)), begins)
-            best, at = best >> 32, best & 0xFFFFFFFF
-            finished = np.repeat(best == NEVER, np.diff(begins, append=len(word)))
-            done.append((symbols[finished], word[finished]))
-            at, best = at[best < NEVER], best[best < NEVER]
-            symbols[at], rank[at] = self.merged[best], NEVER
-            keep = ~finished
-            keep[at + 1] = False
-            at = (np.cumsum(keep) - 1)[at]
-            symbols, word, rank = symbols[keep], word[keep], rank[keep]
-            look = np.concatenate([at - 1, at])
-            look = look[(look >= 0) & (look < len(word) - 1)]
-        symbols, word = (np.concatenate(parts) for parts in zip(*done))
-        return symbols[np.argsort(word, kind="stable")], np.bincount(word, minlength=len(lengths))
+        first = np.cumsum(lengths + 1) - lengths
+        symbol = np.full(len(text) + len(lengths) + 1, GAP, np.int64)
+        symbol[spread(first, lengths)] = self.byte_ids[text]
+        following = np.arange(1, len(symbol) + 1)
+        preceding = following - 2
+        cost = np.full(len(symbol), NEVER)                      # of the pair that starts here: its rank, then its place
+        at, words = np.arange(len(symbol) - 1), first
+        while True:
+            rank = self.ranks.get(pair_key(symbol[at], symbol[following[at]]))
+            cost[at] = np.where(rank == 0, NEVER, (rank.astype(np.int64) << 32) | at)
+            best = np.minimum.reduceat(cost, words)             # what is done lies behind a word, and costs NEVER
+            words, best = words[best < NEVER], best[best < NEVER]
+            if not words.size:
+                break
+            at = best & 0xFFFFFFFF
+            gone = following[at]
+            after = following[gone]
+            symbol[at], symbol[gone], cost[gone] = self.merged[best >> 32], GONE, NEVER
+            following[at], preceding[after] = after, at
+            at = np.concatenate([preceding[at], at])
+        alive = symbol != GONE
+        counts = np.add.reduceat(alive[:-1], first - 1, dtype=np.int64) - 1         # less the gap
+        return symbol[alive & (symbol != GAP)], counts
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Whole files
 # ------------------------------------------------------------------------------------------------------------------
 
-CHUNK = 1 << 21                                                 # bytes handled at a time
+CHUNK = 1 << 20                                                 # bytes handled at a time
 
 
 def progress(what: str, total: float, log: Callable[[str], None] | None) -> Callable[[float], None]:
@@ -987,6 +980,9 @@ def encode_range(start: int, end: int) -> np.ndarray:
     return tokenizer.encode_bytes(read_range(path, start, end))
 
 
+np.empty(31 << 20, np.uint8)
+
+
 def encode_file(tokenizer: Tokenizer, text_path: str | os.PathLike, npy_path: str | os.PathLike,
                 num_processes: int | None = None, log: Callable[[str], None] | None = None) -> int:
     """Encodes a UTF-8 text file into a .npy of token ids, uint16 if the vocabulary fits and uint32 otherwise.
@@ -1002,7 +998,7 @@ def encode_file(tokenizer: Tokenizer, text_path: str | os.PathLike, npy_path: st
     with whole_file(npy_path) as f:
         f.write(npy_header(tokenizer.dtype, 0))
         for (_, end), ids in zip(ranges, in_order(encode_range, ranges, num_processes, start_worker, (tokenizer, path))):
-            f.write(ids.tobytes())
+            f.write(ids)
             total += len(ids)
             report(end)
         f.seek(0)
@@ -1012,8 +1008,8 @@ def encode_file(tokenizer: Tokenizer, text_path: str | os.PathLike, npy_path: st
 
 def npy_header(dtype: np.dtype, length: int) -> bytes:
     """The 128 bytes in front of a one-dimensional array in numpy's file format, version 1.0."""
-    text = str({"descr": dtype.str, "fortran_order": False, "shape": (length,)})
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({length},), }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
 
 
 # ------------------------------------------------------------------------------------------------------------------
