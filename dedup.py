@@ -1,16 +1,14 @@
 """dedup.py - exact line and MinHash-LSH fuzzy deduplication of a corpus that does not fit in memory.
 
 What:       lines that occur more than once in a corpus removed; of near-duplicate documents one kept.
-Source:     Broder 1997 (resemblance, min-wise hashing); Leskovec, Rajaraman & Ullman, Mining of Massive Datasets, chapter 3.
+Source:     Broder 1997 (resemblance, min-wise hashing); Leskovec, Rajaraman & Ullman 2014, chapter 3 (shingles, bands).
 Deviations: (to come)
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python dedup.py
 """
 import argparse
-import bisect
 import contextlib
 import gzip
-import importlib
 import json
 import os
 import re
@@ -25,7 +23,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
@@ -38,39 +36,36 @@ GOLDEN = 0x9E3779B97F4A7C15                             # 2^64 / golden ratio, o
 MIX_1, MIX_2 = 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53   # the finalizer of MurmurHash3 (Appleby, public domain)
 BATCH = 1 << 19                                         # bytes hashed at once: their shingles stay in the L2 cache
 BUCKET = 32                                             # in buckets of up to so many documents all pairs are candidates
+LOW_BYTES = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)
+LINE = re.compile(rb"[^\n]*\n|[^\n]+\Z")
+JSON_LINES = (".jsonl", ".jsonl.gz")                    # in such files every line is a document, {"text": .., ..}
 
 
 # ---- The idea, plainly: one document at a time, in Python integers, which cannot overflow ---------------------------
 
 @lru_cache(1 << 14)
 def normalize_character(c: str) -> str:
-    """What becomes of one character: NFD, accents and punctuation removed, lower case, any white space to a space.
+    """What becomes of one character: NFD, accents and punctuation removed, lower case, white space to a space.
 
-    An accent is what Unicode gives a combining class; vowel signs of Thai and of Indic scripts have none and stay.
-    Chinese and Japanese put no space between words, so each of their characters is made a word.
     Example: normalize_character("É") -> "e"; normalize_character("—") -> ""; normalize_character("猫") -> " 猫 "
     """
     if c.isspace():
         return " "
     kept = [x for x in unicodedata.normalize("NFD", c) if not unicodedata.combining(x)
             and unicodedata.category(x)[0] not in "PS" and unicodedata.category(x) != "Cf"]
-    c = "".join(kept).casefold()                        # not lower(): "ς" and "σ" are one, whatever stands beside
+    c = "".join(kept).casefold()                        # not lower(): "ς" and "σ" are one, whatever stands beside them
+    # Chinese and Japanese put no space between words: each of their characters is made one.
     return f" {c} " if "\u2e80" <= c[:1] <= "\u9fff" or "\uf900" <= c[:1] <= "\ufaff" or c[:1] >= "\U00020000" else c
 
 
 def words(text: str) -> list[str]:
-    """The words that are compared. A text of punctuation alone is one word, itself, so that such are not all alike.
-
-    Example: words("Don't  panic, Zoë!") -> ["dont", "panic", "zoe"]
-    """
+    """Example: words("Don't  panic, Zoë!") -> ["dont", "panic", "zoe"]. Punctuation alone is one word, not nothing."""
     return "".join(map(normalize_character, text)).split() or ["\0" + "".join(text.split())]
 
 
 def mix(x):
-    """A one-to-one scrambling of 64 bits: every bit that goes in moves every bit that comes out.
-
-    Takes a Python integer, or a uint64 array: numpy's unsigned arrays calculate modulo 2^64, so there & MASK does nothing.
-    """
+    """A one-to-one scrambling of 64 bits: of a Python integer, or of a uint64 array, whose arithmetic is modulo 2^64 by
+    numpy's definition, so that & MASK does nothing there."""
     x = x ^ x >> 33
     x = x * MIX_1 & MASK
     x = x ^ x >> 33
@@ -108,19 +103,13 @@ def permutations(num_hashes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 
 
 def minhash(document: set[int], a: np.ndarray, b: np.ndarray) -> list[int]:
-    """The signature: the smallest element under each of H random orders of all 2^32 shingles.
-
-    Under a random order every element of the union of two sets is as likely as any other to come first, and it is in
-    both sets with probability jaccard(A, B): in that share of their places two signatures agree. (Broder 1997.)
-    """
+    """The signature: the element that comes first in each of H random orders of all 2^32 shingles. Of the union of two
+    sets any element may come first, and it is in both with probability jaccard(A, B): that share of places agrees."""
     return [min((int(m) * x + int(c)) % 2**32 for x in document) for m, c in zip(a, b)]
 
 
 def lsh_probability(s, num_bands: int, rows: int):
-    """Chance that signatures of two sets of similarity s agree in all R places of a band: 1 - (1 - s^R)^B, the S-curve.
-
-    Example: lsh_probability(0.8, 20, 7) -> 0.991
-    """
+    """Chance that two sets of Jaccard similarity s agree in some band: the S-curve. Example: (0.8, 20, 7) -> 0.991"""
     return 1 - (1 - s ** rows) ** num_bands
 
 
@@ -132,7 +121,7 @@ def find(parent: memoryview, x: int) -> int:
 
 
 def union(parent: memoryview, x: int, y: int, seed: int) -> None:
-    """Makes two clusters one. The seed ranks all documents; the first in rank of a cluster is its root, and survives."""
+    """Makes two clusters one. The seed ranks all documents; the first in rank of a cluster is its root and survives."""
     x, y = sorted((find(parent, x), find(parent, y)), key=lambda document: mix(document + seed * GOLDEN & MASK))
     parent[y] = x
 
@@ -153,11 +142,8 @@ def plain_minhash_dedup(texts: list[str], *, num_hashes: int = 140, num_bands: i
     return [find(parent, i) for i in range(len(texts))]
 
 
-LINE = re.compile(rb"[^\n]*\n|[^\n]+\Z")
-
-
 def plain_exact_line_dedup(files: list[bytes]) -> list[bytes]:
-    """Only the lines that occur once in all files together; a line is compared without its line ending, \\n or \\r\\n."""
+    """Only the lines that occur once in all files together. Lines are compared without their ending, \\n or \\r\\n."""
     lines = [[(line, line.removesuffix(b"\n").removesuffix(b"\r")) for line in LINE.findall(data)] for data in files]
     count = Counter(content for file in lines for _, content in file)
     return [b"".join(line for line, content in file if count[content] == 1) for file in lines]
@@ -173,29 +159,18 @@ DELETE = bytes(code for code, c in enumerate(ASCII) if not c)
 
 
 def clean(text: str) -> bytes:
-    """words(text) in UTF-8, one or more spaces between them: ASCII through a table, stretches of the rest from a cache."""
-    mapped = text
-    if not text.isascii():
-        parts = NON_ASCII.split(text)                   # ASCII and the rest in turn
-        parts[1::2] = map(normalize_stretch, parts[1::2])
-        mapped = "".join(parts)
-    data = mapped.encode("utf-8", "surrogatepass").translate(LOWER, DELETE)
+    """words(text) in UTF-8 with one or more spaces between them: ASCII by a table, stretches of the rest by a cache."""
+    parts = [text] if text.isascii() else NON_ASCII.split(text)                  # ASCII and the rest in turn
+    parts[1::2] = map(normalize_stretch, parts[1::2])
+    data = "".join(parts).encode("utf-8", "surrogatepass").translate(LOWER, DELETE)
     return data if data and not data.isspace() else words(text)[0].encode("utf-8", "surrogatepass")
 
 
-LOW_BYTES = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)
-
-
 def hash_spans(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`hash_bytes` of many stretches of one buffer.
-
-    Args: buffer (N,) uint8, with 8 bytes of padding behind the last span. starts, lengths (n,) int64.
-    Returns: (n,) uint64. Most words fit into one 8-byte load; what is left of longer spans is hashed flat, so that one
-    line of a gigabyte costs no more than a gigabyte of lines.
-    """
+    """`hash_bytes` of n stretches of a buffer, which has 8 more bytes behind the last of them: -> (n,) uint64."""
     eight = np.ndarray((len(buffer) - 7,), "<u8", buffer, strides=(1,))          # the 8 bytes at any offset
     total = mix((eight[starts] & LOW_BYTES[np.minimum(lengths, 8)]) + GOLDEN)
-    longer = np.flatnonzero(lengths > 8)
+    longer = np.flatnonzero(lengths > 8)                                         # few words are: one load does for most
     if len(longer):
         chunks = lengths[longer] - 1 >> 3                                        # 8-byte chunks after the first
         first = np.cumsum(chunks) - chunks
@@ -214,8 +189,7 @@ def shingle_batch(texts: list[str], ngram: int) -> tuple[np.ndarray, np.ndarray]
     edges = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1                      # word starts and ends in turn
     starts, ends = edges[0::2], edges[1::2]
     hashes = hash_spans(buffer, starts, ends - starts)                           # (W,)
-    lengths = np.array([len(data) + 1 for data in cleaned])
-    first = np.searchsorted(starts, np.cumsum(lengths) - lengths)                # (d,) each text's first word
+    first = np.searchsorted(starts, np.cumsum([0] + [len(x) + 1 for x in cleaned[:-1]]))   # (d,) each text's first word
     count = np.diff(first, append=len(hashes))                                   # (d,) >= 1: clean() sees to that
     window = np.zeros_like(hashes)
     for i in range(min(ngram, len(hashes))):                                     # Horner's rule in all windows at once
@@ -241,7 +215,7 @@ def minhash_batch(shingles: np.ndarray, sizes: np.ndarray, a: np.ndarray, b: np.
 
 
 def band_keys(signatures: np.ndarray, num_bands: int) -> np.ndarray:
-    """Each band's number and R places as 64 bits: (H, d) uint32 -> (d, B) uint64. Documents sharing one are candidates."""
+    """Each band's number and R places as 64 bits: (H, d) uint32 -> (d, B) uint64. Sharing one makes two candidates."""
     H, d = signatures.shape
     keys = np.repeat(np.arange(num_bands, dtype=np.uint64)[:, None], d, axis=1)  # (B, d)
     for place in signatures.reshape(num_bands, H // num_bands, d).swapaxes(0, 1):
@@ -249,23 +223,21 @@ def band_keys(signatures: np.ndarray, num_bands: int) -> np.ndarray:
     return keys.T
 
 
-# ---- Larger than memory: files in, sorted runs on disk, files out ---------------------------------------------------
+# ---- Larger than memory: files in, partitions on disk, files out ----------------------------------------------------
 
 class Partitions:
-    """Records of uint64 columns on disk, in 256 files by the top byte of the first column, which has to be spread evenly:
-    a file fits into memory. Iterating gives all records in order of the first column, a file at a time."""
+    """Records of uint64 columns on disk, in 256 files by the top byte of the first column, which must be spread evenly:
+    each fits into memory. Iterating gives all records in order of the first column, a file at a time."""
 
     def __init__(self, path: Path, columns: int):
         self.path, self.columns, self.pending, self.waiting = path, columns, [], 0
 
-    def add(self, records: np.ndarray) -> None:
+    def add(self, records: np.ndarray, limit: int = 1 << 17) -> None:
         self.pending.append(records)                                             # (n, columns)
         self.waiting += len(records)
-        if self.waiting >= 1 << 17:
-            self.flush()
-
-    def flush(self) -> None:
-        records = np.concatenate([np.empty((0, self.columns), np.uint64), *self.pending])
+        if self.waiting < limit:
+            return
+        records = np.concatenate(self.pending)
         part = (records[:, 0] >> 56).astype(np.uint8)
         order = np.argsort(part, kind="stable")
         for i, rows in enumerate(np.split(records[order], np.searchsorted(part[order], np.arange(1, 256)))):
@@ -274,16 +246,11 @@ class Partitions:
         self.pending, self.waiting = [], 0
 
     def __iter__(self):
-        self.flush()
+        self.add(np.empty((0, self.columns), np.uint64), limit=0)                # what is still pending
         for i in range(256):
             records = np.fromfile(f"{self.path}.{i}", np.uint64).reshape(-1, self.columns)
             if len(records):
                 yield records[np.argsort(records[:, 0])]
-
-
-def is_json_lines(path: Path) -> bool:
-    """Whether every line of the file is a document."""
-    return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def open_output(path: Path):
@@ -299,10 +266,11 @@ def read_batches(paths, whole: bool = True):
     for path in paths:
         try:
             with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as f:
-                blocks = [f.read()] if whole and not is_json_lines(path) else iter(lambda: f.read(BATCH) + f.readline(), b"")
-                for number, raw in enumerate(f if is_json_lines(path) else blocks, 1):
-                    if raw.isspace() and is_json_lines(path):
-                        continue
+                if path.name.endswith(JSON_LINES):
+                    pieces = f
+                else:
+                    pieces = [f.read()] if whole else iter(lambda: f.read(BATCH) + f.readline(), b"")
+                for number, raw in enumerate(pieces, 1):
                     batch.append((path, number, raw))
                     size += len(raw) + 64
                     if size >= BATCH:
@@ -316,7 +284,7 @@ def read_batches(paths, whole: bool = True):
 
 def parse_text(path: Path, number: int, raw: bytes) -> str:
     """The text of a document. Raises ValueError with file, line and remedy if it should be JSON and is not."""
-    if not is_json_lines(path):
+    if not path.name.endswith(JSON_LINES):
         return raw.decode("utf-8", "replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         text = json.loads(raw)["text"]
@@ -326,20 +294,19 @@ def parse_text(path: Path, number: int, raw: bytes) -> str:
 
 
 def collect_inputs(input_files, output_dir: Path) -> dict[str, Path]:
-    """Files, and all below folders but hidden ones and .json reports -> {name in the output: path}. Raises ValueError."""
-    files = {}
+    """Files, and what folders hold but for hidden files and .json reports -> {name in the output: path}."""
+    files, out = {}, output_dir.resolve()
     for given in map(Path, [input_files] if isinstance(input_files, (str, Path)) else input_files):
-        if given.is_dir() and output_dir.resolve().is_relative_to(given.resolve()):
-            raise ValueError(f"the output {output_dir} lies inside the input {given}; write it somewhere else")
         if not given.exists():
             raise ValueError(f"{given} does not exist; give files or folders")
-        below = {str(path.relative_to(given)): path for path in sorted(given.rglob("*"))
-                 if path.is_file() and path.suffix != ".json" and not re.search(r"/\.", f"/{path.relative_to(given)}")}
-        for name, path in (below if given.is_dir() else {given.name: given}).items():
-            if files.setdefault(name, path) != path:
-                raise ValueError(f"{path} and {files[name]} would both be written to {output_dir / name}; rename one")
-            if (output_dir / name).resolve() == path.resolve():
-                raise ValueError(f"the output {output_dir} holds the input {path}; write it somewhere else")
+        folder = given if given.is_dir() else given.parent
+        if out == folder.resolve() or folder == given and folder.resolve() in out.parents:
+            raise ValueError(f"the output {output_dir} and the input {given} overlap; write to another folder")
+        for path in sorted(given.rglob("*")) if folder == given else [given]:
+            name = path.relative_to(folder)
+            if path == given or path.is_file() and path.suffix != ".json" and not re.search(r"(^|/)\.", str(name)):
+                if files.setdefault(str(name), path) != path:
+                    raise ValueError(f"{path} and {files[str(name)]} would get the same name; rename one of them")
     if not files:
         raise ValueError("no input files; give at least one file, or a folder that holds some")
     return files
@@ -360,9 +327,7 @@ def staged_output(output_dir: Path, names):
 
 
 def run_jobs(function, jobs, files: dict[str, Path], num_processes: int | None):
-    """map(function, jobs) over processes, in order, with no more than a few jobs waiting; 4 MB of files need only one."""
-    if num_processes is not None and num_processes < 1:
-        raise ValueError(f"num_processes must be at least 1, got {num_processes}")
+    """map(function, jobs) over processes, in order, with few jobs waiting at a time; for 4 MB of files one will do."""
     if num_processes == 1 or sum(path.stat().st_size for path in files.values()) < 4 << 20:
         yield from map(function, jobs)
         return
@@ -379,100 +344,80 @@ def run_jobs(function, jobs, files: dict[str, Path], num_processes: int | None):
 
 # ---- Exact lines ----------------------------------------------------------------------------------------------------
 
-def batch_lines(batch) -> list[bytes]:
-    """Each document's text, or block of lines, in bytes that end in a newline unless there are none."""
-    texts = [parse_text(*document).encode("utf-8", "surrogatepass") if is_json_lines(document[0]) else document[2]
-             for document in batch]
-    return [text if not text or text.endswith(b"\n") else text + b"\n" for text in texts]
-
-
-def hash_lines(data: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """(hash, length) of each line of data, without the line ending. data ends in a newline or is empty."""
-    buffer = np.frombuffer(data + b" " * 8, np.uint8)
-    ends = np.flatnonzero(buffer == 10)
+def hash_lines(batch) -> tuple[np.ndarray, list[bytes]]:
+    """A 64-bit hash of each line, without its ending, and the texts or blocks that the lines are of."""
+    texts = [parse_text(*document).encode("utf-8", "surrogatepass") if document[0].name.endswith(JSON_LINES)
+             else document[2] for document in batch]
+    ended = [text if not text or text.endswith(b"\n") else text + b"\n" for text in texts]
+    buffer = np.frombuffer(b"".join(ended) + b" " * 8, np.uint8)
+    ends = np.flatnonzero(buffer == ord("\n"))
     starts = np.append(0, ends + 1)[:-1]
     lengths = ends - starts
-    lengths -= (lengths > 0) & (buffer[ends - 1] == 13)
-    return hash_spans(buffer, starts, lengths), lengths
-
-
-def _count_lines(batch) -> tuple[int, np.ndarray]:
-    data = b"".join(batch_lines(batch))
-    return len(data), hash_lines(data)[0]
+    lengths -= (lengths > 0) & (buffer[ends - 1] == ord("\r"))
+    return hash_spans(buffer, starts, lengths), texts
 
 
 def _drop_lines(job) -> int:
-    path, target, repeated_path, keep_blank_lines = job
-    repeated = np.memmap(repeated_path, np.uint64, "r")                          # sorted; behind the last a stopper
-    kept = 0
+    path, target, repeated_path = job
+    repeated, kept = np.memmap(repeated_path, np.uint64, "r"), 0                 # sorted; behind the last a stopper
     with open_output(target) as out:
         for batch in read_batches([path], whole=False):
-            texts = batch_lines(batch)
-            hashes, lengths = hash_lines(b"".join(texts))
-            keep = repeated[np.searchsorted(repeated[:-1], hashes)] != hashes
-            flags = iter((keep | (lengths == 0) if keep_blank_lines else keep).tolist())
+            hashes, texts = hash_lines(batch)
+            keep = iter((repeated[np.searchsorted(repeated[:-1], hashes)] != hashes).tolist())
             for (_, _, raw), text in zip(batch, texts):
                 lines = LINE.findall(text)
-                left = list(compress(lines, flags))                              # takes as many flags as there are lines
+                left = list(compress(lines, keep))                               # takes one flag a line
                 kept += len(left)
                 if len(left) == len(lines):
                     out.write(raw)
-                elif not is_json_lines(path):
-                    added = left and left[-1] is lines[-1] and not raw.endswith(b"\n")
-                    out.write(b"".join(left).removesuffix(b"\n" if added else b""))
+                elif not path.name.endswith(JSON_LINES):
+                    out.write(b"".join(left))
                 elif any(map(bytes.strip, left)):                                # a text without lines is no document
-                    record = json.loads(raw)
-                    record["text"] = b"".join(left).decode("utf-8", "surrogatepass").removesuffix("\n")
+                    record = json.loads(raw) | {"text": b"".join(left).decode("utf-8", "surrogatepass")}
                     out.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     return kept
 
 
-def exact_line_dedup(input_files, output_dir, *, keep_blank_lines: bool = False, num_processes: int | None = None) -> dict:
+def exact_line_dedup(input_files, output_dir, *, num_processes: int | None = None) -> dict:
     """Writes each input file to output_dir with only the lines that occur once in all files together.
 
     Args: input_files: paths of files or folders; of .jsonl[.gz] files the lines of every object's "text" count, and an
             object that is left without any is dropped. output_dir: created; files keep their names, empty ones too.
-        keep_blank_lines: empty lines, which separate paragraphs, stay. num_processes: None for one a processor.
     Returns: {"lines", "distinct_lines", "repeated_lines" (distinct ones), "kept_lines", "bytes"}.
     Raises: ValueError for missing or clashing files, broken gzip or JSON; then nothing is written.
-    Lines are compared by a 64-bit hash, without their ending: among 10^9 distinct lines the chance that any two are
-    confused is 3%. Memory: a constant and, once for all processes, 8 bytes for each line that occurs more than once.
+    Memory: a constant, and 8 bytes a line that occurs more than once, shared by all processes. Disk: 8 bytes a line.
     Example: files b"a\\nb\\n" and b"b\\nc" -> b"a\\n" and b"c"
     """
     output_dir = Path(output_dir)
     files = collect_inputs(input_files, output_dir)
     with staged_output(output_dir, files) as stage:
         hashed, size, lines, distinct, repeated = Partitions(stage / "lines", 1), 0, 0, 0, 0
-        for length, hashes in run_jobs(_count_lines, read_batches(files.values(), whole=False), files, num_processes):
-            size, lines = size + length, lines + len(hashes)
+        for hashes, texts in run_jobs(hash_lines, read_batches(files.values(), whole=False), files, num_processes):
+            size, lines = size + sum(map(len, texts)), lines + len(hashes)
             hashed.add(hashes[:, None])
         with open(stage / "repeated", "wb") as out:
             for records in hashed:
-                again = records[1:, 0] == records[:-1, 0]
-                more = np.unique(records[1:, 0][again])
-                more.tofile(out)
-                distinct, repeated = distinct + len(records) - int(again.sum()), repeated + len(more)
+                values, counts = np.unique(records, return_counts=True)
+                values[counts > 1].tofile(out)
+                distinct, repeated = distinct + len(values), repeated + int((counts > 1).sum())
             np.array([MASK], np.uint64).tofile(out)
-        jobs = ((path, stage / "out" / name, stage / "repeated", keep_blank_lines) for name, path in files.items())
+        jobs = ((path, stage / "out" / name, stage / "repeated") for name, path in files.items())
         kept = sum(run_jobs(_drop_lines, jobs, files, num_processes))
     return {"lines": lines, "distinct_lines": distinct, "repeated_lines": repeated, "kept_lines": kept, "bytes": size}
 
 
 # ---- Fuzzy documents ------------------------------------------------------------------------------------------------
 
-def _sign(job) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+def _sign(job) -> tuple[Counter, int, np.ndarray, np.ndarray, np.ndarray]:
     batch, ngram, a, b, num_bands = job
     hashes, sizes = shingle_batch([parse_text(*document) for document in batch], ngram)
     keys = band_keys(minhash_batch(hashes, sizes, a, b), num_bands)
-    return sum(len(raw) for _, _, raw in batch), keys, hashes, sizes
+    return Counter(path for path, _, _ in batch), sum(len(raw) for _, _, raw in batch), keys, hashes, sizes
 
 
 def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Records sorted by key -> (low, high) pairs of documents that share one, (n, 2) uint64, some more than once.
-
-    In a bucket of up to BUCKET documents these are all pairs; in a larger one, where a page that half the web copied
-    would make billions, everyone with the first and with the next.
-    """
+    """Records sorted by key -> (low, high) pairs of documents that share one, (n, 2) uint64, some more than once. In a
+    bucket of over BUCKET documents, where all pairs might be billions, everyone with the first and with the next."""
     first = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
     size = np.diff(first, append=len(keys))                                      # of each bucket
     left, right, lag = [np.repeat(documents[first], size)], [documents], 1
@@ -488,23 +433,10 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
 
 
 def _verify(job) -> list[tuple[int, int]]:
-    """Of (low, high) pairs in order those whose shingles on disk have the threshold's Jaccard similarity or more."""
     pairs, stage, threshold = job
-    similar, last = [], None
-    with open(stage / "shingles", "rb") as shingles_file, open(stage / "ends", "rb") as ends_file:
-        def load(document):
-            ends_file.seek(document * 8)
-            begin, end = np.fromfile(ends_file, np.uint64, 2).tolist()
-            shingles_file.seek(begin * 4)
-            return np.unique(np.fromfile(shingles_file, np.uint32, end - begin))
-        for low, high in pairs:
-            if low != last:
-                last, a = low, load(low)
-            b = load(high)
-            shared = len(np.intersect1d(a, b, assume_unique=True))
-            if shared / (len(a) + len(b) - shared) >= threshold:
-                similar.append((low, high))
-    return similar
+    data, ends = np.memmap(stage / "shingles", np.uint32, "r"), np.memmap(stage / "ends", np.uint64, "r")
+    load = lru_cache(2)(lambda document: set(data[ends[document]:ends[document + 1]].tolist()))
+    return [(low, high) for low, high in pairs if jaccard(load(low), load(high)) >= threshold]
 
 
 def _write_survivors(job) -> None:
@@ -512,7 +444,7 @@ def _write_survivors(job) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if keep.all():
         shutil.copyfile(path, target)
-    elif is_json_lines(path):
+    elif path.name.endswith(JSON_LINES):
         flags = iter(keep.tolist())
         with open_output(target) as out:
             for batch in read_batches([path]):
@@ -526,46 +458,40 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
 
     Args: input_files: paths of files or folders; a line of a .jsonl[.gz] file is a document ("text" is compared), any
             other file is one. output_dir: created; survivors are byte-identical and keep their file names.
-        num_hashes = num_bands * R: candidates are found with probability 1 - (1 - s^R)^num_bands. ngram: words a shingle.
+        num_hashes = num_bands * R: a pair is a candidate with chance 1 - (1 - s^R)^num_bands. ngram: words a shingle.
         jaccard_threshold in (0, 1]: candidates below it are let go; with verify=False none is looked at again.
         seed: picks the hash functions and each cluster's survivor. num_processes: None for one a processor.
-        report: path for the clusters, a line "kept TAB removed" a removed document. log: called with a line now and then.
-    Returns: {"documents", "kept", "clusters" (of two or more), "largest", "candidate_pairs", "similar_pairs", "bytes"}.
+        report: path for the clusters, a line "kept TAB removed" a removed document. log: called with progress lines.
+    Returns: {"documents", "kept", "clusters" (of two or more), "largest", "candidate_pairs", "bytes"}.
     Raises: ValueError for parameters that do not fit and for files as in exact_line_dedup; then nothing is written.
-    Memory: a constant, the largest documents, 5 bytes a document. Disk: 16 * num_bands bytes a document, 4 a word.
+    Memory: a constant, the largest document, 5 bytes a document. Disk: 16 * num_bands bytes a document, 4 a word.
     """
     if num_hashes < 1 or num_bands < 1 or num_hashes % num_bands:
-        raise ValueError(f"num_hashes ({num_hashes}) must be a multiple of num_bands ({num_bands}): all bands are equally long")
+        raise ValueError(f"num_hashes ({num_hashes}) must be a multiple of num_bands ({num_bands}), 1 or more")
     if ngram < 1 or not 0 < jaccard_threshold <= 1:
         raise ValueError(f"ngram ({ngram}) must be at least 1 and jaccard_threshold ({jaccard_threshold}) in (0, 1]")
     output_dir, begin, two32 = Path(output_dir), time.perf_counter(), np.uint64(1 << 32)
     files = collect_inputs(input_files, output_dir)
     a, b = permutations(num_hashes, seed)
     with staged_output(output_dir, files) as stage:
-        # 1. Sign: every document's band keys go to sorted runs, its shingles to one long file.
-        count, documents, size, last = Counter(), 0, 0, begin                 # count: documents of each file
-
-        def signing():
-            for batch in read_batches(files.values()):
-                count.update(path for path, _, _ in batch)
-                yield batch, ngram, a, b, num_bands
-
-        bands, end = Partitions(stage / "bands", 2), np.zeros(1, np.uint64)
+        # 1. Sign: every document's band keys go to partitions, its shingles to one long file.
+        jobs = ((batch, ngram, a, b, num_bands) for batch in read_batches(files.values()))
+        bands = Partitions(stage / "bands", 2)
+        count, documents, size, end, last = Counter(), 0, 0, 0, begin            # count: documents of each file
         with open(stage / "shingles", "wb") as shingles_file, open(stage / "ends", "wb") as ends_file:
-            end.tofile(ends_file)
-            for length, keys, hashes, sizes in run_jobs(_sign, signing(), files, num_processes):
+            np.zeros(1, np.uint64).tofile(ends_file)
+            for counted, length, keys, hashes, sizes in run_jobs(_sign, jobs, files, num_processes):
                 ids = np.arange(documents, documents + len(keys), dtype=np.uint64)
                 bands.add(np.stack([keys.ravel(), np.repeat(ids, num_bands)], axis=1))
                 if verify:
-                    ends = end[-1] + np.cumsum(sizes, dtype=np.uint64)
-                    ends.tofile(ends_file)
                     hashes.tofile(shingles_file)
-                    end = ends
+                    (np.cumsum(sizes, dtype=np.uint64) + end).tofile(ends_file)
+                count, end = count + counted, end + len(hashes)
                 documents, size, now = documents + len(keys), size + length, time.perf_counter()
                 if log and now - last > 10:
-                    last, seconds = now, now - begin
-                    log(f"sign file {len(count)}/{len(files)} | {documents:,} documents | {documents / seconds:,.0f}/s | "
-                        f"{size / seconds / 1e6:.1f} MB/s | eta {seconds * (len(files) / len(count) - 1):.0f}s")
+                    last, s = now, now - begin
+                    log(f"file {len(count)}/{len(files)} | {documents:,} documents | {documents / s:,.0f} documents/s"
+                        f" | {size / s / 1e6:.1f} MB/s | eta {s * (len(files) / len(count) - 1):.0f}s")
         if documents >= two32:
             raise ValueError(f"{documents:,} documents are more than 2^32; divide the corpus")
         # 2. Bucket: equal keys lie together now.
@@ -573,7 +499,7 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
         for records in bands:
             candidates.add(candidate_pairs(records[:, 0], records[:, 1]) * spread)
         # 3. Verify and cluster. Two documents that others have joined already need no look.
-        parents, found, similar = np.arange(documents, dtype=np.uint32), 0, 0
+        parents, found = np.arange(documents, dtype=np.uint32), 0
         parent = memoryview(parents)
 
         def verifying():
@@ -581,48 +507,41 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
             for records in candidates:
                 pairs = np.unique(records[:, 0] // spread[0] * two32 + records[:, 1])
                 found += len(pairs)
-                for low in range(0, len(pairs), 4096):
-                    chunk = zip(*(side.tolist() for side in np.divmod(pairs[low:low + 4096], two32)))
+                for low in range(0, len(pairs), 1024):
+                    chunk = zip(*(side.tolist() for side in np.divmod(pairs[low:low + 1024], two32)))
                     yield [(x, y) for x, y in chunk if find(parent, x) != find(parent, y)], stage, jaccard_threshold
 
-        jobs = run_jobs(_verify, verifying(), files, num_processes) if verify else (job[0] for job in verifying())
-        for pairs in jobs:
-            similar += len(pairs)
-            for x, y in pairs:
-                union(parent, x, y, seed)
+        similar = run_jobs(_verify, verifying(), files, num_processes) if verify else (job[0] for job in verifying())
+        for x, y in chain.from_iterable(similar):
+            union(parent, x, y, seed)
         # 4. Write: the root of each cluster survives.
         keep = parents == np.arange(documents, dtype=np.uint32)
-        first = np.cumsum([0] + [count[path] for path in files.values()]).tolist()   # number of each file's first document
+        first = np.cumsum([0] + [count[path] for path in files.values()])        # number of each file's first document
         jobs = ((path, stage / "out" / name, keep[i:j]) for (name, path), i, j in zip(files.items(), first, first[1:]))
         deque(run_jobs(_write_survivors, jobs, files, num_processes), maxlen=0)
         removed = np.flatnonzero(~keep)
         roots = np.fromiter((find(parent, x) for x in removed.tolist()), np.int64, len(removed))
         if report:
-            names = list(files)
-
-            def place(document):
-                i = bisect.bisect_right(first, document) - 1
-                return f"{names[i]}#{document - first[i] + 1}" if is_json_lines(files[names[i]]) else names[i]
+            def place(document, names=list(files)):
+                i = np.searchsorted(first, document, side="right") - 1
+                return f"{names[i]}#{document - first[i] + 1}" if names[i].endswith(JSON_LINES) else names[i]
 
             with open(stage / "report", "w", encoding="utf-8") as f:
                 f.writelines(f"{place(roots[i])}\t{place(removed[i])}\n" for i in np.argsort(roots, kind="stable"))
             os.replace(stage / "report", report)
     sizes = np.unique(roots, return_counts=True)[1] + 1
     return {"documents": documents, "kept": documents - len(removed), "clusters": len(sizes),
-            "largest": int(sizes.max(initial=min(documents, 1))), "candidate_pairs": found, "similar_pairs": similar,
-            "bytes": size}
+            "largest": int(sizes.max(initial=min(documents, 1))), "candidate_pairs": found, "bytes": size}
 
 
 # ---- Show, check, measure -------------------------------------------------------------------------------------------
 
-def measured_recall(s: float, num_bands: int, rows: int, pairs: int = 400, seed: int = 0) -> float:
-    """Share of pairs of random sets, 100 s of their 100 elements in common, that get a common band."""
+def measured_recall(s: float, pairs: int, seed: int = 0) -> float:
+    """Share of pairs of random sets, 100 s of their 100 elements in common, that share one of 20 bands of 7 hashes."""
     sets, common = np.random.default_rng(seed).integers(0, 2**32, (pairs, 100), dtype=np.uint32), round(100 * s)
-    keys = []
-    for own in sets[:, common:50 + common // 2], sets[:, 50 + common // 2:]:
-        both = np.concatenate([sets[:, :common], own], axis=1)
-        keys.append(band_keys(minhash_batch(both.ravel(), np.full(pairs, both.shape[1]),
-                                            *permutations(num_bands * rows, seed)), num_bands))
+    (a, b), half, keys = permutations(140, seed), 50 + common // 2, []
+    for document in sets[:, :half], np.concatenate([sets[:, :common], sets[:, half:]], axis=1):
+        keys.append(band_keys(minhash_batch(document.ravel(), np.full(pairs, document.shape[1]), a, b), 20))
     return float((keys[0] == keys[1]).any(axis=1).mean())
 
 
@@ -633,150 +552,122 @@ def walk_through(seed: int = 0) -> None:
              "Rain fell over the harbour for the third day, and the ferries stayed where they were."]
     sets = [shingles(text, 3) for text in texts]
     signatures = [minhash(document, *permutations(140, seed)) for document in sets]
-    print("words of text 1 ", " ".join(words(texts[1])))
+    print("words of text 1:", " ".join(words(texts[1])))
     for i in 0, 2:
         same = [x == y for x, y in zip(signatures[i], signatures[1])]
+        bands = sum(all(same[k:k + 7]) for k in range(0, 140, 7))
         print(f"text {i} and text 1: {len(sets[i] & sets[1])} of {len(sets[i] | sets[1])} 3-grams in common, Jaccard "
-              f"{jaccard(sets[i], sets[1]):.2f}; {sum(same)} of 140 hashes and {sum(all(same[k:k + 7]) for k in range(0, 140, 7))}"
-              " of 20 bands agree")
-    print(f"stands for each  {plain_minhash_dedup(texts, ngram=3, seed=seed)}\n\nsimilarity  1-(1-s^7)^20  measured (# theory, o measured)")
+              f"{jaccard(sets[i], sets[1]):.2f}; {sum(same)} of 140 hashes and {bands} of 20 bands agree")
+    print("stands for each:", plain_minhash_dedup(texts, ngram=3, seed=seed))
+    print("\nsimilarity  1-(1-s^7)^20  measured  (# theory, o measured)")
     for s in np.arange(1, 10) / 10:
-        theory, measured = float(lsh_probability(s, 20, 7)), measured_recall(s, 20, 7, seed=seed)
+        theory, measured = float(lsh_probability(s, 20, 7)), measured_recall(s, 1000, seed)
         bar = list("#" * round(40 * theory) + " " * 41)
         bar[round(40 * measured)] = "o"
         print(f"{s:10.1f}  {theory:12.3f}  {measured:8.3f}  {''.join(bar).rstrip()}")
 
 
 def self_check(seed: int = 0) -> None:
-    """Fast against plain, bit for bit: shingles, signatures, survivors, lines left; the S-curve within 5 standard errors;
-    a hash that must be the same on every machine. Raises AssertionError."""
+    """Fast against plain, bit for bit: shingles, signatures, lines left, survivors. The S-curve within 5 standard
+    errors. A hash that must be the same on every machine. Raises AssertionError."""
+    assert hash_bytes(b"stable across machines") == 0xa88580f218be1aed, "the hash has changed"
     rng = np.random.default_rng(seed)
-    vocabulary = ["a", "of", "word", "Straße", "naïve", "“deduplication”", "ς", "Ünder-standing's", "字", "가", "\u200b", "?!"]
-    texts = [" ".join(rng.choice(vocabulary, size)) for size in (0, 1, 2, 3, 4, 5, 9, 40, 200, 500)] + ["!", "?", "?", "a\ud800"]
+    vocabulary = ["a", "of", "Straße", "naïve", "“deduplication”", "ς", "Under-standing's", "字", "가", "\u200b", "?!"]
+    texts = [" ".join(rng.choice(vocabulary, size)) for size in (0, 1, 2, 3, 9, 40, 200)] + ["!", "?", "?", "a\ud800"]
     texts += [text.upper().replace(" ", "\n") for text in texts] + [text + " more" for text in texts]
     (hashed, sizes), (a, b) = shingle_batch(texts, 3), permutations(28, seed)
     signatures = minhash_batch(hashed, sizes, a, b)
     for i, (text, end) in enumerate(zip(texts, np.cumsum(sizes))):
         assert set(hashed[end - sizes[i]:end].tolist()) == shingles(text, 3), f"shingles of {text!r}"
         assert signatures[:, i].tolist() == minhash(shingles(text, 3), a, b), f"signature of {text!r}"
-    assert hash_bytes(b"stable across machines") == 0xa88580f218be1aed, "the hash has changed"
     lines = [b"a\nb\r\n\n", b"b\nc", b"", b"\xff\n" + b"long line " * 99 + b"\nlong line", b"a\rb\nc\n\n\nend\r"]
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder, "in"), Path(folder, "out")
-        source.mkdir()
-        for i, data in enumerate(lines):
-            (source / f"{i}.txt").write_bytes(data)
-        exact_line_dedup([source], out)
-        assert [(out / f"{i}.txt").read_bytes() for i in range(len(lines))] == plain_exact_line_dedup(lines), "lines left"
-        (source / "t.jsonl").write_text("".join(json.dumps({"url": i, "text": text}) + "\n" for i, text in enumerate(texts)))
-        for options in {}, {"verify": False, "num_hashes": 30, "num_bands": 10}, {"jaccard_threshold": 0.5, "seed": seed + 1}:
-            minhash_dedup([source / "t.jsonl"], out, ngram=3, **options)
-            kept = [json.loads(line)["url"] for line in (out / "t.jsonl").read_text().splitlines()]
-            assert kept == sorted(set(plain_minhash_dedup(texts, ngram=3, **options))), f"survivors with {options}"
+        source, out = [Path(folder, str(i)) for i in range(len(lines))], Path(folder, "out")
+        for path, data in zip(source, lines):
+            path.write_bytes(data)
+        exact_line_dedup(source, out)
+        assert [(out / path.name).read_bytes() for path in source] == plain_exact_line_dedup(lines), "lines left"
+        corpus = Path(folder, "t.jsonl")
+        corpus.write_text("".join(json.dumps({"url": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+        for options in dict(jaccard_threshold=0.5, seed=seed + 1), dict(verify=False, num_hashes=30, num_bands=10):
+            minhash_dedup([corpus], out, ngram=3, **options)
+            left = [json.loads(line)["url"] for line in (out / "t.jsonl").read_text().splitlines()]
+            assert left == sorted(set(plain_minhash_dedup(texts, ngram=3, **options))), f"survivors with {options}"
     for s in 0.5, 0.7, 0.8:
         p = lsh_probability(s, 20, 7)
-        assert abs(measured_recall(s, 20, 7, 2000, seed) - p) < 5 * (p * (1 - p) / 2000) ** 0.5, f"S-curve at {s}"
-
-
-def planted_corpus(path: Path, documents: int, num_words: int, seed: int = 0) -> dict[tuple[int, int], float]:
-    """Writes JSON lines of random words; every fifth is the text before it with some words replaced at random places.
-    Returns {(number, number of its copy): Jaccard similarity of their word 5-grams, counted in Python sets}."""
-    rng, planted = np.random.default_rng(seed), {}
-    vocabulary = np.array(["".join(rng.choice(list("aeiounrstlmdé"), size)) for size in rng.integers(2, 9, 30_000)])
-    with open(path, "w", encoding="utf-8") as f:
-        for i in range(documents):
-            before, tokens = (tokens if i else None), vocabulary[(30_000 * rng.random(num_words) ** 3).astype(int)]
-            if i % 5 == 4:
-                replaced = rng.permutation(num_words) < rng.integers(0, num_words // 12)
-                tokens = np.where(replaced, tokens, before)
-                planted[i - 1, i] = jaccard(*({tuple(t[k:k + 5]) for k in range(num_words - 4)} for t in (before.tolist(), tokens.tolist())))
-            f.write(json.dumps({"url": str(i), "text": " ".join(tokens)}, ensure_ascii=False) + "\n")
-    return planted
+        assert abs(measured_recall(s, 2000, seed) - p) < 5 * (p * (1 - p) / 2000) ** 0.5, f"S-curve at {s}"
 
 
 def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None:
-    """Recall and precision beside theory on planted near-duplicates; speed and peak memory, then datasketch's speed."""
+    """Both jobs on JSON lines of random words, a fifth of the documents near-duplicates: speed and peak memory of this
+    file as a process of its own, then the speed of datasketch on the first 2,000 documents."""
+    rng = np.random.default_rng(seed)
+    vocabulary = np.array(["".join(rng.choice(list("aeiounrstlmdé"), size)) for size in rng.integers(2, 9, 30_000)])
     with tempfile.TemporaryDirectory() as folder:
-        corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
-        planted = planted_corpus(corpus, documents, num_words, seed)
-        s = np.array(list(planted.values()))
-        chance, similar = lsh_probability(s, 20, 7), s >= 0.8
-        for options, wanted in ([], chance * similar), (["--no-verify"], chance):
+        corpus = Path(folder, "corpus.jsonl")
+        with open(corpus, "w", encoding="utf-8") as f:
+            for i in range(documents):
+                fresh = vocabulary[(30_000 * rng.random(num_words) ** 3).astype(int)]      # few words are frequent
+                tokens = fresh if i % 5 < 4 else np.where(rng.random(num_words) < 0.02, fresh, tokens)
+                text = "\n".join(" ".join(tokens[k:k + 10]) for k in range(0, num_words, 10))
+                f.write(json.dumps({"url": str(i), "text": text}, ensure_ascii=False) + "\n")
+        for options in ["--num-processes", "1"], [], ["--exact"]:
             print("\npython dedup.py corpus.jsonl --out out", *options, flush=True)
-            subprocess.run([sys.executable, __file__, corpus, "--out", out, *options], check=True)
-            left = {json.loads(line)["url"] for line in open(out / "corpus.jsonl", encoding="utf-8")}
-            found = np.array([str(i) not in left or str(j) not in left for i, j in planted])
-            print(f"recall of {similar.sum():,} pairs {found[similar].mean():.4f}, theory {chance[similar].mean():.4f}; precision "
-                  f"{similar[found].mean():.4f}, theory {(wanted * similar).sum() / wanted.sum():.4f}; others joined "
-                  f"{documents - len(left) - found.sum()}")
-        edges = np.linspace(0.3, 1, 8)
-        print("pairs found by Jaccard similarity (theory):", *(f"{low:.1f}+ {found[at].mean():.3f} ({chance[at].mean():.3f})"
-              for low in edges[:-1] if (at := (s >= low) & (s < low + 0.1 + 1e-9)).any()))
-        datasketch = importlib.import_module("datasketch")
+            subprocess.run([sys.executable, __file__, corpus, "--out", f"{folder}/out", *options], check=True)
         lines = corpus.read_text(encoding="utf-8").splitlines()[:2000]
-        for name, prepare in ("text.lower().split()", lambda text: text.lower().split()), ("words(text)", words):
-            begin, index, pairs = time.perf_counter(), datasketch.MinHashLSH(num_perm=140, params=(20, 7)), 0
-            for i, line in enumerate(lines):
-                tokens, sketch = prepare(json.loads(line)["text"]), datasketch.MinHash(140)
-                sketch.update_batch({" ".join(tokens[k:k + 5]).encode() for k in range(len(tokens) - 4)})
-                pairs += len(index.query(sketch))
-                index.insert(i, sketch)
-            seconds = time.perf_counter() - begin
-            print(f"datasketch {datasketch.__version__}, {name}: {len(lines) / seconds:,.0f} documents/s, "
-                  f"{sum(map(len, lines)) / seconds / 1e6:.2f} MB/s, {pairs} candidate pairs")
-
-
-def run(args) -> None:
-    """The command line's job: one of the two functions, its speed and memory, the texts left in one file."""
-    if not args.out:
-        raise ValueError("where to? add --out FOLDER")
-    begin = time.perf_counter()
-    if args.exact:
-        result = exact_line_dedup(args.inputs, args.out, keep_blank_lines=args.keep_blank_lines, num_processes=args.processes)
-    else:
-        result = minhash_dedup(args.inputs, args.out, num_hashes=args.num_hashes, num_bands=args.num_bands, ngram=args.ngram,
-                               jaccard_threshold=args.threshold, verify=not args.no_verify, seed=args.seed, log=print,
-                               num_processes=args.processes, report=args.report or f"{args.out}.clusters.tsv")
+    datasketch = __import__("datasketch")
+    begin, index, pairs = time.perf_counter(), datasketch.MinHashLSH(num_perm=140, params=(20, 7)), 0
+    for i, line in enumerate(lines):
+        tokens, sketch = json.loads(line)["text"].lower().split(), datasketch.MinHash(140)   # the least one can do
+        sketch.update_batch({" ".join(tokens[k:k + 5]).encode() for k in range(len(tokens) - 4)})
+        pairs += len(index.query(sketch))
+        index.insert(i, sketch)
     seconds = time.perf_counter() - begin
-    peak = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    peak = [size / (1e6 if sys.platform == "darwin" else 1e3) for size in peak]
-    print(f"{seconds:.1f}s | {result.get('documents', 0) / seconds:,.0f} documents/s | {result['bytes'] / seconds / 1e6:.1f} MB/s"
-          f" | peak memory {peak[0]:.0f} MB, of a worker {peak[1]:.0f} MB")
-    if args.text:
-        names = [name for name in collect_inputs(args.inputs, args.out) if (args.out / name).exists()]
-        with open(f"{args.text}.part", "wb") as f:
-            for batch in read_batches(args.out / name for name in names):
-                f.writelines(parse_text(*document).encode("utf-8", "replace") + b"<|endoftext|>" for document in batch)
-        os.replace(f"{args.text}.part", args.text)
-    print("RESULT", json.dumps(result))
+    print(f"\ndatasketch {datasketch.__version__}, one process, {len(lines)} documents, {pairs} candidate pairs"
+          f"\n{seconds:.1f}s | {len(lines) / seconds:,.0f} documents/s | "
+          f"{sum(len(line.encode()) for line in lines) / seconds / 1e6:.1f} MB/s")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files and folders; or: bench [DOCUMENTS [WORDS]]")
-    parser.add_argument("--out", type=Path, help="folder for what is left")
-    parser.add_argument("--exact", action="store_true", help="keep lines that occur once, not one of near-duplicate documents")
-    parser.add_argument("--keep-blank-lines", action="store_true", help="with --exact: empty lines stay")
-    parser.add_argument("--num-hashes", type=int, default=140)
-    parser.add_argument("--num-bands", type=int, default=20)
-    parser.add_argument("--ngram", type=int, default=5, help="words a shingle")
-    parser.add_argument("--threshold", type=float, default=0.8, help="Jaccard similarity")
+    parser.add_argument("--out", type=Path, help="folder for what is left; the clusters go to OUT.clusters.tsv")
+    parser.add_argument("--exact", action="store_true", help="lines that occur once, instead of one of near-duplicates")
     parser.add_argument("--no-verify", action="store_true", help="believe the bands")
-    parser.add_argument("--report", help="file for the clusters (default: OUT.clusters.tsv)")
-    parser.add_argument("--text", type=Path, help="also write the texts left to one file, <|endoftext|> after each")
-    parser.add_argument("--processes", type=int)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", help="also write the texts left to one file, <|endoftext|> after each")
+    numbers = dict(num_hashes=140, num_bands=20, ngram=5, jaccard_threshold=0.8, seed=0, num_processes=None)
+    for name, default in numbers.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default or 0), default=default, help=str(default))
     args = parser.parse_args()
     try:
         if args.inputs[:1] == ["bench"]:
             bench(*map(int, args.inputs[1:]), seed=args.seed)
-        elif args.inputs:
-            run(args)
-        else:
+        elif not args.inputs:
             walk_through(args.seed)
             self_check(args.seed)
             print("fast = plain, S-curve within 5 standard errors  OK")
-    except (ValueError, OSError) as error:
+        elif not args.out:
+            raise ValueError("where to? add --out FOLDER")
+        else:
+            begin = time.perf_counter()
+            if args.exact:
+                result = exact_line_dedup(args.inputs, args.out, num_processes=args.num_processes)
+            else:
+                result = minhash_dedup(args.inputs, args.out, verify=not args.no_verify, log=print,
+                                       report=f"{args.out}.clusters.tsv", **{x: vars(args)[x] for x in numbers})
+            seconds = time.perf_counter() - begin
+            memory = [resource.getrusage(who).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            print(f"{seconds:.1f}s | {result.get('documents', 0) / seconds:,.0f} documents/s | "
+                  f"{result['bytes'] / seconds / 1e6:.1f} MB/s | mem {memory[0]:.0f} MB, a worker {memory[1]:.0f} MB")
+            if args.text:
+                left = [args.out / name for name in collect_inputs(args.inputs, args.out)]
+                with open(f"{args.text}.part", "wb") as f:
+                    for batch in read_batches(path for path in left if path.exists()):
+                        f.writelines(parse_text(*text).encode("utf-8", "replace") + b"<|endoftext|>" for text in batch)
+                os.replace(f"{args.text}.part", args.text)
+            print("RESULT", json.dumps(result))
+    except (ValueError, OSError, ImportError) as error:
         print(f"dedup.py: {error}", file=sys.stderr)
         return 2
     return 0
