@@ -40,7 +40,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.profiler import record_function
 
 # Dims: B batch (sequences), T context length (tokens), D model width, V vocabulary, N tokens in a file
 
@@ -276,12 +275,12 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
     for i, (x, y) in enumerate(batch):
         quiet = parallel is not None and i + 1 < len(batch)              # gradients travel after the last one only
         with parallel.no_sync() if quiet else contextlib.nullcontext():
-            with record_function("forward"), autocast(x.device, config.precision):
+            with phase("forward"), autocast(x.device, config.precision):
                 part = loss_fn(model, x, y) / len(batch)                 # the parts' sum is the mean over all targets
-            with record_function("backward"):
+            with phase("backward"):
                 part.backward()
         loss += part.detach()
-    with record_function("optimizer"):
+    with phase("optimizer"):
         if parallel is not None:
             parallel.finish_gradient_synchronization()
             torch.distributed.all_reduce(loss)
@@ -290,6 +289,14 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
         norm = clip(config.clip_norm)                                    # FSDP's knows the gradients of other ranks
         optimizer.step()
     return torch.stack([loss, norm.to(loss)])
+
+
+@contextlib.contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Names a stretch of the step, for torch.profiler and as an NVTX range."""
+    with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if torch.cuda.is_available() \
+            else contextlib.nullcontext():
+        yield
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
@@ -379,14 +386,15 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             rate = schedule(done - 1) if schedule else config.max_lr
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with record_function("data"):
+            with phase("data"):
                 drawn = torch.randint(len(train_tokens) - T, (config.batch_size,), generator=generator).numpy()
                 mine = drawn[rank * share:(rank + 1) * share]            # all ranks draw the same, each takes its own
                 batch = [windows_at(train_tokens, part, T, device) for part in np.split(mine, share // micro)]
             recent.append(training_step(model, optimizer, batch, loss_fn, clip, config, parallel))
 
             due = lambda every: every > 0 and done % every == 0 or done == config.steps
-            saving = bool(caught) or due(config.checkpoint_every)
+            stopping = bool(caught)                       # asked once: a signal may come between any two lines
+            saving = stopping or due(config.checkpoint_every)
             logging = due(config.log_every) or done == first + 1
             if logging or saving:
                 loss, norm = read_losses(recent, done, saved, last)      # never save what is already lost
@@ -406,8 +414,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             if sample and rank == 0 and config.sample_every and done < config.steps and due(config.sample_every):
                 log(f"sample at step {done}: {sample()!r}")
             if saving:
-                save(done, final=bool(caught) or done == config.steps)
-            if caught and done < config.steps:
+                save(done, final=stopping or done == config.steps)
+            if stopping and done < config.steps:
                 raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to go "
                            "on, add --resume to the same command", 128 + caught[0])
     finally:
@@ -580,7 +588,7 @@ class Setup:
         lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
         about = dict(model_config=dataclasses.asdict(self.model_config), train_config=dataclasses.asdict(config),
                      command=sys.argv, torch=torch.__version__, python=platform.python_version(), device=str(self.device))
-        say = print if first else lambda line: None
+        say = partial(print, flush=True) if first else lambda line: None
         if first:                                         # a run keeps the source that made it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "about.json").write_text(json.dumps(about, indent=1))
@@ -693,16 +701,16 @@ def bench(setup: Setup) -> None:
         optimizer, _ = setup.join(model)
 
         def one() -> None:
-            with record_function("data"):
+            with phase("data"):
                 x, y = get_batch(tokens, B, T, device, generator)
             if mode == "step":
                 training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config)
                 return
             optimizer.zero_grad(set_to_none=True)
-            with record_function("forward"), torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
+            with phase("forward"), torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
                 loss = setup.loss_fn(model, x, y)
             if mode == "forward+backward":
-                with record_function("backward"):
+                with phase("backward"):
                     loss.backward()
 
         if cuda:
@@ -719,8 +727,8 @@ def bench(setup: Setup) -> None:
         mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
         print(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {B * T / seconds:11,.0f} {rate / 1e12:8.2f} "
               f"{rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
-        if args.profile:                                  # emit_nvtx turns the named phases into NVTX ranges for nsys
-            with torch.profiler.profile() as profile, torch.autograd.profiler.emit_nvtx(enabled=cuda):
+        if args.profile:
+            with torch.profiler.profile() as profile:
                 measure(one, cuda, 0, 3)
             key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
             print(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))

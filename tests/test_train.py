@@ -1,0 +1,397 @@
+"""train.py: the loop on tiny models, in this process and, where signals and crashes matter, in real ones."""
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+
+ROOT = Path(train.__file__).parent
+TINY = ["--vocab-size", "300", "--context-length", "16", "--d-model", "32", "--num-layers", "1", "--num-heads", "2",
+        "--batch-size", "4", "--eval-windows", "8", "--sample-tokens", "3", "--warmup-steps", "2", "--device", "cpu"]
+
+
+def bigram(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The smallest language model: a table, and AdamW for it."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 16), torch.nn.Linear(16, 11))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def tokens(count: int = 500) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 11, count, dtype=np.uint16)
+
+
+def quiet(model, optimizer, data, config, **options):
+    return train.train(model, optimizer, data, data, config, log=lambda line: None, **options)
+
+
+# ------------------------------------------------------------------------------------------------- windows and token files
+
+def test_get_batch_shifts_by_one_and_starts_anywhere():
+    data = np.arange(100, dtype=np.uint16)
+    generator = torch.Generator().manual_seed(0)
+    x, y = train.get_batch(data, 20_000, 7, "cpu", generator)
+    assert x.shape == y.shape == (20_000, 7) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(y, x + 1)
+    assert torch.equal(x - x[:, :1], torch.arange(7).expand(20_000, 7))
+    counts = torch.bincount(x[:, 0], minlength=100)
+    assert counts[93:].sum() == 0 and (counts[:93] > 0).all()             # starts 0..92: window and target both fit
+    # uniform over 93 starts: mean 215, standard deviation 14.6; five of them is 73
+    assert (counts[:93] - 20_000 / 93).abs().max() < 73
+
+
+def test_get_batch_smallest_file_and_refusals():
+    x, y = train.get_batch(np.arange(5), 3, 4, "cpu")
+    assert (x == torch.arange(4)).all() and (y == torch.arange(1, 5)).all()
+    with pytest.raises(ValueError, match="4 tokens are too few for windows of 4"):
+        train.get_batch(np.arange(4), 3, 4, "cpu")
+    with pytest.raises(ValueError, match="at least 1"):
+        train.get_batch(np.arange(9), 0, 4, "cpu")
+    with pytest.raises(RuntimeError):
+        train.get_batch(np.arange(9), 1, 4, "cuda:99")
+
+
+def test_open_tokens_refuses_what_would_fail_later(tmp_path):
+    good = tmp_path / "good.npy"
+    np.save(good, np.arange(50, dtype=np.uint16))
+    assert isinstance(train.open_tokens(good, 8, 50), np.memmap)
+    with pytest.raises(ValueError, match="token id 49, outside the model's vocabulary of 49"):
+        train.open_tokens(good, 8, 49)
+    with pytest.raises(ValueError, match="too few"):
+        train.open_tokens(good, 50, 50)
+    for name, array in (("float", np.zeros(50)), ("matrix", np.zeros((5, 5), np.uint16))):
+        np.save(tmp_path / name, array)
+        with pytest.raises(ValueError, match="one dimension of integers"):
+            train.open_tokens(tmp_path / f"{name}.npy", 8, 50)
+    for name, content in (("text.npy", b"not an array"), ("empty.npy", b""), ("cut.npy", good.read_bytes()[:100])):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="not a token file"):
+            train.open_tokens(tmp_path / name, 8, 50)
+    with pytest.raises(ValueError, match="not a token file"):
+        train.open_tokens(tmp_path / "missing.npy", 8, 50)
+
+
+def test_corpus_is_stable_and_split_by_document(tmp_path):
+    counts = train.gather_corpus(tmp_path)
+    texts = {split: (tmp_path / f"{split}.txt").read_bytes() for split in counts}
+    again = train.gather_corpus(tmp_path / "again")
+    assert again == counts and (tmp_path / "again" / "train.txt").read_bytes() == texts["train"]
+    for split, (documents, size) in counts.items():
+        assert len(texts[split]) == size and texts[split].count(b"<|endoftext|>") == documents
+    share = counts["valid"][0] / (counts["train"][0] + counts["valid"][0])
+    assert 0.05 < share < 0.15                                            # a tenth, of at least 500 documents
+    assert b"def " in texts["train"] and "test_" not in os.listdir(tmp_path)
+    assert not set(texts["train"].split(b"<|endoftext|>")[:-1]) & {d for d in texts["valid"].split(b"<|endoftext|>") if len(d) > 500}
+
+
+def test_evaluation_starts_are_fixed_spread_and_whole():
+    data = np.zeros(1000)
+    starts = train.evaluation_starts(data, 10, 20)
+    assert len(starts) == 20 and starts[0] == 0 and starts[-1] == 989     # 989 + 10 + 1 target = 1000
+    assert (np.diff(starts) >= 10).all() and np.array_equal(starts, train.evaluation_starts(data, 10, 20))
+    assert len(train.evaluation_starts(data, 10, 10 ** 6)) <= 99          # no more windows than fit side by side
+    assert train.evaluation_starts(np.zeros(11), 10, 5).tolist() == [0]
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+def test_evaluate_is_the_mean_over_all_windows():
+    """Also where the last batch is smaller, which a mean of batch means would get wrong."""
+    model, _ = bigram()
+    data, starts = tokens(), np.arange(0, 70, 10)
+    loss = train.evaluate(model, train.plain_loss, data, starts, 5, 3)
+    x, y = train.windows_at(data, starts, 5, "cpu")
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item(), abs=1e-6)
+
+
+def test_bits_per_byte_by_hand():
+    assert train.bits_per_byte(math.log(2) * 3, 4.0) == pytest.approx(0.75)
+    assert train.bits_per_byte(1.0, 0.0) is None
+
+
+def test_learns_what_can_be_learned():
+    """0, 1, ..., 10, 0, 1, ...: the next token is certain, so the loss must come near 0 from ln 11 = 2.4."""
+    data = (np.arange(2000) % 11).astype(np.uint16)
+    model, optimizer = bigram()
+    config = train.TrainConfig(steps=150, batch_size=16, context_length=8, max_lr=3e-2, eval_windows=16)
+    result = quiet(model, optimizer, data, config)
+    assert result["valid_loss"] < 0.05 and result["tokens"] == 150 * 16 * 8
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_change_nothing(micro):
+    """Sums in another order: float32 differs by a few 1e-8 a step, magnified by AdamW's division; lr 1e-2 bounds it."""
+    outcomes = []
+    for size in (0, micro):
+        model, optimizer = bigram()
+        config = train.TrainConfig(steps=20, batch_size=8, context_length=5, micro_batch_size=size, max_lr=1e-2)
+        losses = quiet(model, optimizer, tokens(), config)
+        outcomes.append((torch.cat([p.detach().flatten() for p in model.parameters()]), losses["train_loss"]))
+    assert (outcomes[0][0] - outcomes[1][0]).abs().max() < 2e-5
+    assert outcomes[0][1] == pytest.approx(outcomes[1][1], abs=1e-5)
+
+
+def test_training_step_against_torch_by_hand():
+    """Loss, norm before clipping, and the weights of one clipped step, beside torch's own pieces."""
+    (model, optimizer), (twin, twin_optimizer) = bigram(), bigram()
+    x, y = train.get_batch(tokens(), 8, 5, "cpu", torch.Generator().manual_seed(1))
+    config = train.TrainConfig(clip_norm=0.01)
+    loss, norm = train.training_step(model, optimizer, [(x[:4], y[:4]), (x[4:], y[4:])], train.plain_loss,
+                                     torch.nn.utils.clip_grad_norm_, config).tolist()
+    expected = torch.nn.functional.cross_entropy(twin(x).flatten(0, 1), y.flatten())
+    expected.backward()
+    expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+    twin_optimizer.step()
+    assert loss == pytest.approx(expected.item(), abs=1e-6) and norm == pytest.approx(expected_norm.item(), rel=1e-5)
+    assert norm > 0.01                                                    # else the clipping was not tried
+    for p, q in zip(model.parameters(), twin.parameters()):
+        assert (p - q).abs().max() < 1e-5
+
+
+def test_batches_that_do_not_divide():
+    for sizes in (dict(batch_size=8, micro_batch_size=3), dict(batch_size=6, micro_batch_size=4)):
+        with pytest.raises(ValueError, match="does not divide"):
+            quiet(*bigram(), tokens(), train.TrainConfig(context_length=5, **sizes))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        train.TrainConfig(steps=0)
+    with pytest.raises(ValueError, match="precision"):
+        train.TrainConfig(precision="fp8")
+
+
+def test_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path):
+    calls = []
+
+    def loss_fn(model, x, y):
+        calls.append(1)
+        return train.plain_loss(model, x, y) * (math.nan if len(calls) == 7 else 1.0)
+    config = train.TrainConfig(steps=50, batch_size=2, context_length=5, checkpoint_every=3, log_every=10, eval_every=50)
+    with pytest.raises(train.Stop, match=r"step 7 has loss nan.*last.pt, of step 6.*Likely causes"):
+        quiet(*bigram(), tokens(), config, loss_fn=loss_fn, run_dir=tmp_path)
+    state = train.read_checkpoint(tmp_path / "last.pt")
+    assert state["step"] == 6 and all(torch.isfinite(t).all() for t in state["model"].values())
+
+
+def test_the_record_of_a_run(tmp_path):
+    lines = []
+    model, optimizer = bigram()
+    config = train.TrainConfig(steps=10, batch_size=2, context_length=5, log_every=5, eval_every=5)
+    train.train(model, optimizer, tokens(), tokens(), config, run_dir=tmp_path, log=lines.append, bytes_per_token=2.0,
+                sample=lambda: "text", schedule=lambda step: 0.001 * (step + 1))
+    assert lines[0].startswith("step 1/10 | loss 2.")
+    assert any(" | lr 5.0e-03 | gnorm " in line and "tok/s | mem " in line and "eta" in line for line in lines)
+    assert any("bits/byte" in line for line in lines)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "lr" in r] == [1, 5, 10] and [r["step"] for r in records if "valid_loss" in r] == [5, 10]
+    assert records[-1]["bits_per_byte"] == pytest.approx(records[-1]["valid_loss"] / math.log(2) / 2)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_checkpoint_round_trip_by_path_and_file(tmp_path):
+    model, optimizer = bigram()
+    quiet(model, optimizer, tokens(), train.TrainConfig(steps=3, batch_size=2, context_length=5))
+    buffer = io.BytesIO()
+    train.save_checkpoint(model, optimizer, 3, tmp_path / "a.pt")
+    train.save_checkpoint(model, optimizer, 3, buffer)
+    buffer.seek(0)
+    for source in (tmp_path / "a.pt", str(tmp_path / "a.pt"), buffer):
+        other, other_optimizer = bigram(seed=1)
+        assert train.load_checkpoint(source, other, other_optimizer) == 3
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters()))
+        for mine, theirs in zip(optimizer.state.values(), other_optimizer.state.values()):
+            assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(theirs[key])) for key in mine)
+    assert set(torch.load(tmp_path / "a.pt", weights_only=True)) == {"model", "optimizer", "step"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]         # no temporary file is left
+
+
+def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
+    model, optimizer = bigram()
+    path = tmp_path / "a.pt"
+    train.save_checkpoint(model, optimizer, 3, path)
+    whole = path.read_bytes()
+    before = [p.clone() for p in model.parameters()]
+    for content in (whole[:len(whole) // 2], b"", b"hello", whole[:200] + bytes(300) + whole[500:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            train.load_checkpoint(path, model, optimizer)
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(ValueError, match="not written by save_checkpoint"):
+        train.load_checkpoint(path, model, optimizer)
+    with pytest.raises(ValueError, match="no checkpoint at"):
+        train.load_checkpoint(tmp_path / "missing.pt", model, optimizer)
+    wider = torch.nn.Sequential(torch.nn.Embedding(11, 32), torch.nn.Linear(32, 11))
+    train.save_checkpoint(wider, torch.optim.AdamW(wider.parameters()), 3, path)
+    with pytest.raises(ValueError, match=r"0.weight is \(11, 32\) there and \(11, 16\) here"):
+        train.load_checkpoint(path, model, optimizer)
+    train.save_checkpoint(model, torch.optim.SGD([*model.parameters()][:1], lr=1.0), 3, path)
+    with pytest.raises(ValueError, match="another optimizer's state"):
+        train.load_checkpoint(path, model, optimizer)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))     # nothing was half loaded
+
+
+def test_full_disk_keeps_the_older_checkpoint(tmp_path):
+    """A file-size limit stands in for the full disk: the write fails in the middle."""
+    code = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+model = torch.nn.Linear(300, 300)
+optimizer = torch.optim.AdamW(model.parameters())
+train.save_checkpoint(model, optimizer, 1, "a.pt")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    train.save_checkpoint(model, optimizer, 2, "a.pt")
+except OSError as error:
+    print("OSError", error)
+print(train.load_checkpoint("a.pt", model, optimizer))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.startswith("OSError") and done.stdout.endswith("\n1\n"), done.stdout + done.stderr
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+# ------------------------------------------------------------------------------------------- the command, in real processes
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A folder with tokenizer.json, train.npy and valid.npy of some real text."""
+    import bpe
+    folder = tmp_path_factory.mktemp("tokens")
+    text = (ROOT / "train.py").read_text(encoding="utf-8")
+    for split, part in (("train", text[:20_000]), ("valid", text[20_000:28_000])):
+        (folder / f"{split}.txt").write_text(part + "<|endoftext|>", encoding="utf-8")
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(folder / "train.txt", 300, ["<|endoftext|>"], 1), ["<|endoftext|>"])
+    tokenizer.save(folder / "tokenizer.json")
+    for split in ("train", "valid"):
+        bpe.encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.npy", 1)
+    return folder
+
+
+def command(corpus: Path, run_dir: Path, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), "--tokens", str(corpus), "--run-dir", str(run_dir), *TINY, *flags]
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(*arguments, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def same_state(a: Path, b: Path) -> bool:
+    a, b = (train.read_checkpoint(path) for path in (a, b))
+    flat = lambda x: [t for v in (x.values() if isinstance(x, dict) else x) for t in flat(v)] \
+        if isinstance(x, (dict, list, tuple)) else [x]
+    pairs = zip(flat([a["model"], a["optimizer"]["state"], a["data_rng"], a["torch_rng"]]),
+                flat([b["model"], b["optimizer"]["state"], b["data_rng"], b["torch_rng"]]))
+    return all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in pairs)
+
+
+LONG = ["--steps", "300", "--log-every", "1", "--eval-every", "300"]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, tmp_path_factory):
+    """A run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(command(corpus, folder, *LONG, "--checkpoint-every", "0"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.split("RESULT ")[1])
+    assert result["tokens"] == 300 * 4 * 16 and result["bits_per_byte"] > 0 and result == json.loads((folder / "result.json").read_text())
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(corpus, whole, tmp_path, how):
+    flags = [*LONG, "--checkpoint-every", "10" if how == signal.SIGKILL else "0"]
+    process = subprocess.Popen(command(corpus, tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stdout:
+        if line.startswith("step 27/"):
+            process.send_signal(how)
+            break
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == (-how if how == signal.SIGKILL else 128 + how), errors
+    stopped = train.read_checkpoint(tmp_path / "last.pt")["step"]
+    assert 20 <= stopped < 300
+    if how == signal.SIGKILL:                                             # no handler ran: the last periodic checkpoint
+        assert stopped % 10 == 0
+    else:
+        assert f"{how.name} after step {stopped}" in errors
+        assert "--resume" in errors and "Traceback" not in errors
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 299, "loss": 1.0}\n{"step": 2')              # what a killed run can leave behind
+    resumed = run(command(corpus, tmp_path, *flags, "--resume"))
+    assert resumed.returncode == 0 and f"at step {stopped}" in resumed.stdout, resumed.stderr
+    assert same_state(tmp_path / "last.pt", whole / "last.pt")
+    losses = [{(r["step"], r["loss"]) for r in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+               if "loss" in r} for folder in (tmp_path, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 300
+    state = train.read_checkpoint(whole / "last.pt")
+    next(iter(state["model"].values()))[0, 0] += 1e-7                     # and the comparison can fail
+    torch.save(state, tmp_path / "other.pt")
+    assert not same_state(tmp_path / "other.pt", whole / "last.pt")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp"])
+def test_two_ranks_equal_one(corpus, tmp_path, kind):
+    """The same global batch: float32 sums in another order, a few 1e-7 a step under AdamW, over 12 steps of rate 4e-3."""
+    flags = ["--steps", "12", "--eval-every", "12", "--log-every", "1"]
+    one = run(command(corpus, tmp_path / "one", *flags))
+    assert one.returncode == 0, one.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = run(launcher + command(corpus, tmp_path / "two", *flags, "--parallel", kind)[1:])
+    assert two.returncode == 0, two.stderr[-2000:]
+    for key, tolerance in (("loss", 1e-5), ("gnorm", 1e-4), ("valid_loss", 1e-5)):
+        values = [[r[key] for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if key in r]
+                  for name in ("one", "two")]
+        assert len(values[0]) == len(values[1]) > 0
+        assert max(abs(a - b) for a, b in zip(*values)) < tolerance, (key, values)
+    states = [train.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, tensor in states[0]["model"].items():
+        assert (tensor - states[1]["model"][name]).abs().max() < 1e-4
+    back = run(command(corpus, tmp_path / "two", *flags, "--steps", "14", "--resume"))     # two ranks' checkpoint on one
+    assert back.returncode == 0 and "at step 12" in back.stdout, back.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--tokens", "nowhere"], "not a token file"),
+    (["--vocab-size", "20"], "outside the model's vocabulary of 20"),
+    (["--context-length", "1000000"], "too few"),
+    (["--d-model", "33"], "33"),
+    (["--steps", "0"], "steps must be at least 1"),
+    (["--micro-batch-size", "3"], "does not divide"),
+    (["--device", "abacus"], "device 'abacus' is not there"),
+    (["generate", "--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path, flags, message):
+    done = run(command(corpus, tmp_path / "run", *flags), cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_generate_export_compare_explain_and_benchmark(corpus, tmp_path):
+    assert run(command(corpus, tmp_path / "run", "--steps", "5", "--eval-every", "2")).returncode == 0
+    said = run(command(corpus, tmp_path / "run", "generate", "--prompt", "import "))
+    assert said.returncode == 0 and said.stdout.startswith("import "), said.stderr
+    made = run(command(corpus, tmp_path / "run", "export", str(tmp_path / "hf")))
+    assert made.returncode == 0 and {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(tmp_path / "hf")), made.stderr
+    table = run([sys.executable, str(ROOT / "train.py"), "compare", str(tmp_path / "run"), str(tmp_path / "run")])
+    assert table.returncode == 0 and table.stdout.count("\nrun ") == 2, table.stderr
+    told = run([sys.executable, str(ROOT / "train.py"), "--explain"])
+    assert told.returncode == 0 and "ln 4096 = 8.32" in told.stdout and told.stdout.strip().endswith("OK"), told.stderr
+    timed = run(command(corpus, tmp_path / "run", "--benchmark", "small", "--d-model", "32", "--num-heads", "2", "--num-layers", "1",
+                        "--warmup", "1", "--repeats", "2"))
+    rows = [line.split()[0] for line in timed.stdout.splitlines()[2:]]
+    assert rows == ["forward", "forward+backward", "step"], timed.stdout + timed.stderr
