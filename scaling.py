@@ -313,7 +313,7 @@ TRAINING = {
     "optimizer_config": lambda given: check(
         given, SGD if isinstance(given, dict) and "momentum" in given else ADAMW, "optimizer_config"),
     "train_batch_size": COUNT, "val_batch_size": COUNT, "n_evals": (int, 1, 1000), "model_seed": (int, 0, 1 << 31),
-    "total_train_tokens": (int, 1, 10 ** 15), "max_runtime_seconds": (float, 1e-3, 1e9)}
+    "total_train_tokens": (int, 1, 10 ** 15), "max_runtime_seconds": (float, 1e-3, 1e6)}
 
 
 def check(value, rule, name: str, out_of_range: int = 422):
@@ -356,7 +356,7 @@ def from_query(query: dict, backend, seed: int) -> dict:
             "lr_scheduler": {"peak": query["learning_rate"], "final_lr_frac": 0.1, "warmup_frac": 0.05, "init": 0.0},
             "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0, "grad_clip_norm": 1.0},
         "train_batch_size": query["batch_size"], "val_batch_size": query["batch_size"], "n_evals": 1,
-        "max_runtime_seconds": 1e9, "model_seed": seed}
+        "max_runtime_seconds": 1e6, "model_seed": seed}
     return config | {"total_train_tokens": max(1, round(query["train_flops"] / (6 * backend.count_parameters(config))))}
 
 
@@ -585,7 +585,9 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
-        """A caller who hangs up is no news."""
+        """One line on stderr; none for a caller who hangs up, that is no news."""
+        if not isinstance(error := sys.exc_info()[1], OSError):
+            print(f"scaling.py: {error!r}", file=sys.stderr)
 
     def stop(self) -> None:
         """Stops answering, and closes the store."""
@@ -746,6 +748,12 @@ def as_columns(runs: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(np.array([run[name] for run in runs], float) for name in ("parameters", "train_flops", "loss"))
 
 
+def write_whole(path: Path, text: str) -> None:
+    """To a temporary name first: path is never half of the text."""
+    (part := path.with_name(path.name + ".part")).write_text(text)
+    os.replace(part, path)
+
+
 def plan(args, budgets: list[float]) -> list[dict]:
     """The queries of a sweep: for each budget --window of the --widths, moving up with the budget; rate falls with width."""
     queries = []
@@ -765,6 +773,7 @@ def sweep(url: str, key: str, queries: list[dict], out: Path, parallel: int, bud
     out.parent.mkdir(parents=True, exist_ok=True)
     identity = lambda run: tuple(run.get(name) for name in COURSE)
     done = {identity(run): run for run in load_runs(out)}
+    write_whole(out, "".join(json.dumps(run) + "\n" for run in done.values()))    # without a torn end
     todo = sorted((query for query in queries if identity(query) not in done), key=lambda query: -query["train_flops"])
     cost, used = sum(query["train_flops"] for query in todo), ask(url, "total_flops_used", api_key=key)
     print(f"{len(queries)} runs, {len(todo)} to do for {cost:.3g} FLOPs; {used:.3g} of {budget:.3g} are used")
@@ -906,15 +915,15 @@ def main() -> int:
             ("--vocab-size", int, 512, "of that source's tokenizer"), ("--context-length", int, 128, "train: tokens"),
             ("--device", str, "auto", "train"), ("--workers", int, 2, "runs at a time"),
             ("--cores", int, os.cpu_count(), "train: threads, shared by the workers"),
-            ("--budgets", numbers, [1e11, 2e11, 4e11, 8e11], "FLOPs"), ("--window", int, 5, "widths a budget, sliding"),
-            ("--widths", whole, [16, 24, 32, 40, 48, 64, 80], "d_model"), ("--layers", int, 2, "num_layers"),
+            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"), ("--window", int, 5, "widths a budget, sliding"),
+            ("--widths", whole, [16, 20, 24, 32, 40, 48, 64], "d_model"), ("--layers", int, 2, "num_layers"),
             ("--batch-size", int, 8, "sequences"), ("--rate", float, 0.012, "learning rate at width 64, as 1 / width"),
             ("--times", float, 8.0, "run: predict this many times the largest budget"),
             ("--bar", float, 0.03, "run: relative error allowed")):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         if args.command == "explain":
             walk_through(args.seed)

@@ -1,7 +1,15 @@
 """scaling.py against scipy, and both protocols of its server over real HTTP."""
+import http.client
 import json
 import math
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.parse
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +123,313 @@ def test_parametric_refuses():
         scaling.fit_parametric(np.full(35, 1e6), good[1], good[2])
     with pytest.raises(ValueError, match="loss must be positive"):
         scaling.fit_parametric(good[0], good[1], -good[2])
+
+
+# -------------------------------------------------------------------------------------------------- the server, over HTTP
+
+QUERY = {"d_model": 512, "num_layers": 8, "num_heads": 8, "batch_size": 128, "learning_rate": 1e-3, "train_flops": 10 ** 15}
+TRAINING = {
+    "architecture_config": {
+        "attention_bias": False, "head_dim": 8, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_hidden_layers": 1, "num_key_value_heads": 1, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "tie_word_embeddings": True, "dtype": "float32", "vocab_size": 64},
+    "optimizer_config": {
+        "lr_scheduler": {"peak": 0.01, "final_lr_frac": 0.1, "warmup_frac": 0.1, "init": 0.0}, "weight_decay": 0.1,
+        "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0, "grad_clip_norm": None},
+    "train_batch_size": 4, "val_batch_size": 4, "n_evals": 3, "total_train_tokens": 600, "max_runtime_seconds": 100,
+    "model_seed": 0}
+
+
+class Served:
+    """`python scaling.py serve` in a process of its own, and requests to it that keep the status of errors."""
+
+    def __init__(self, *options):
+        self.process = subprocess.Popen([sys.executable, ROOT / "scaling.py", "serve", "--port", "0", *map(str, options)],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().split()[0]
+        self.port = int(self.url.rsplit(":", 1)[1])
+
+    def __call__(self, path, body=None, key="local", method=None, **query):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        if query:
+            path += "?" + urllib.parse.urlencode({"api_key": key} | query)
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+        connection.request(method or ("GET" if data is None else "POST"), path, data, {"X-API-Key": key} if key else {})
+        answer = connection.getresponse()
+        assert answer.headers["X-Backend"] in ("law", "train")
+        text = answer.read()
+        connection.close()
+        return answer.status, json.loads(text)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        return self.process.stderr.read()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    running = []
+
+    def start(*options):
+        running.append(Served("--store", tmp_path / "store.sqlite", *options))
+        return running[-1]
+    yield start
+    for server in running:
+        server.kill()
+
+
+def test_2025_protocol(serve):
+    ask = serve("--flop-budget", "1e16", "--api-key", "local", "other")
+    status, answer = ask("/loss", **QUERY)
+    assert status == 200 and answer["total_flops_used"] == 1e15 and answer["backend"] == "law"
+    # 12 L d^2 and the law itself, to the rounding of d_ff to 8, the 0.2% noise and the two penalties (2.8% here by hand)
+    assert answer["parameters"] == pytest.approx(12 * 8 * 512 ** 2, rel=0.01)
+    assert answer["tokens"] == pytest.approx(1e15 / 6 / answer["parameters"], rel=1e-6)
+    law = 1.69 + 406.4 / answer["parameters"] ** 0.34 + 410.7 / answer["tokens"] ** 0.28
+    best = 0.003239 - 0.0001395 * math.log(answer["parameters"])
+    penalty = 1 + 0.02 * math.log(1e-3 / best) ** 2 + 0.004 * math.log(512 / 8 / 50) ** 2
+    assert abs(answer["loss"] / (law * penalty) - 1) < 0.01              # five standard deviations of the noise
+    assert ask("/loss", **QUERY) == (200, answer), "a repeated configuration is free"
+    assert ask("/loss", **QUERY | {"train_flops": "1e+15", "learning_rate": "0.001"}) == (200, answer), "as floats are sent"
+    assert ask("/total_flops_used", api_key="local") == (200, 1e15)
+    assert ask("/total_flops_used", api_key="other") == (200, 0)
+    assert ask("/previous_runs", api_key="local") == (200, {"previous_runs": [QUERY | {"loss": answer["loss"], "backend": "law"}]})
+    for name, value, message in (
+            ("d_model", 9999, "d_model must be in range [64, 1024], got 9999"), ("d_model", 63, "[64, 1024], got 63"),
+            ("num_layers", 25, "num_layers must be in range [2, 24], got 25"), ("num_heads", 1, "[2, 16]"),
+            ("batch_size", 64, "batch_size must be one of 128, 256, got 64"), ("learning_rate", 0.1, "[0.0001, 0.001], got 0.1"),
+            ("train_flops", 2 * 10 ** 15, "train_flops must be one of"), ("train_flops", 3 * 10 ** 18, "one of")):
+        status, answer = ask("/loss", **QUERY | {name: value})
+        assert status == 404 and message in answer["message"], answer
+    for query, message in (({"d_model": "wide"}, "number"), ({"d_model": "64.5"}, "whole number"), ({"d_model": ""}, "number"),
+                           ({"d_model": "true"}, "number"), ({"seed": 1}, "unknown in the query: seed"), ({"api_key": "no"}, "api_key")):
+        status, answer = ask("/loss", **QUERY | query)
+        assert status == 422 and message in answer["message"], answer
+    assert ask("/loss", api_key="local")[0] == 422 and ask("/total_flops_used", api_key="no")[0] == 422
+    assert ask("/total_flops_used")[0] == 422, "no key"
+    assert ask("/loss", **QUERY | {"train_flops": 6 * 10 ** 15})[0] == 200
+    status, answer = ask("/loss", **QUERY | {"train_flops": 6 * 10 ** 15, "d_model": 256})
+    assert status == 403 and "insufficient budget" in answer["message"]
+    assert ask("/loss", **QUERY)[0] == 200 and ask("/total_flops_used", api_key="local") == (200, 7e15)
+
+
+def test_2026_protocol(serve):
+    ask = serve("--second-budget", "250", "--api-key", "local", "other")
+    assert ask("/budget") == (200, {"used_seconds": 0, "remaining_seconds": 250, "total_budget_seconds": 250})
+    status, answer = ask("/submit", TRAINING)
+    assert status == 200 and set(answer) == {"experiment_id", "budget_summary"}
+    assert set(answer["budget_summary"]) == {"used_seconds", "remaining_seconds", "total_budget_seconds"}
+    run = answer["experiment_id"]
+    while (answer := ask(f"/experiment/{run}"))[1]["status"]["status"] in ("queued", "running"):
+        time.sleep(0.02)
+    assert answer[0] == 200 and answer[1]["experiment_id"] == run and answer[1]["training_config"] == TRAINING
+    status = answer[1]["status"]
+    assert set(status) == {"type", "status", "used_runtime_seconds", "val_losses", "completed_at"} and status["status"] == "completed"
+    assert len(status["val_losses"]) == 3 and status["val_losses"][0] >= status["val_losses"][-1]
+    assert ask("/experiments") == (200, [answer[1]]) and ask("/experiments", key="other") == (200, [])
+    assert ask(f"/experiment/{run}", key="other")[0] == 404 and ask("/experiment/none")[0] == 404
+    assert ask("/budget")[1]["used_seconds"] == status["used_runtime_seconds"] < 1e-3, "what it took, not what it asked for"
+
+    assert ask("/submit", TRAINING)[0] == 409
+    status, answer = ask("/submit", TRAINING | {"max_runtime_seconds": 251})
+    assert status == 400 and "insufficient budget" in answer["message"]
+    for key in (None, "no"):
+        for path, body in (("/submit", TRAINING), ("/budget", None), ("/experiments", None), (f"/experiment/{run}", None),
+                           ("/final_submission", None)):
+            assert ask(path, body, key=key)[0] == 401
+    sgd = {"lr_scheduler": TRAINING["optimizer_config"]["lr_scheduler"], "weight_decay": 0, "momentum": 0.9, "nesterov": False,
+           "grad_clip_norm": 1.0}
+    assert ask("/submit", TRAINING | {"optimizer_config": sgd})[0] == 200
+    slow = TRAINING | {"total_train_tokens": 10 ** 15, "max_runtime_seconds": 1}
+    run = ask("/submit", slow)[1]["experiment_id"]
+    while (answer := ask(f"/experiment/{run}"))[1]["status"]["status"] in ("queued", "running"):
+        time.sleep(0.02)
+    assert answer[1]["status"] | {"reason": ""} == {"type": "failed", "status": "failed", "reason": ""}
+    assert "max_runtime_seconds" in answer[1]["status"]["reason"]
+
+    final = {"training_config": TRAINING, "predicted_final_loss": 3.21}
+    assert ask("/final_submission")[0] == 404
+    assert ask("/final_submission", final) == (200, final) and ask("/final_submission") == (200, final)
+    assert ask("/final_submission", key="other")[0] == 404
+    for bad in (final | {"predicted_final_loss": "low"}, {"predicted_final_loss": 3.2}, final | {"note": 1}, None, [], "x"):
+        assert ask("/final_submission", json.dumps(bad).encode())[0] == 422
+    assert ask("/final_submission") == (200, final)
+
+
+def changed(path, value):
+    """TRAINING with one value, at a path such as "optimizer_config.eps", replaced; ... removes it."""
+    config = json.loads(json.dumps(TRAINING))
+    inner, *names = config, *path.split(".")
+    for name in names[:-1]:
+        inner = inner[name]
+    inner[names[-1]] = value
+    if value is ...:
+        del inner[names[-1]]
+    return config
+
+
+def test_2026_refuses_bad_configs(serve):
+    ask = serve()
+    for path, value, message in (
+            ("architecture_config.head_dim", 7.5, "head_dim must be a whole number"), ("n_evals", 0, "n_evals must be in range"),
+            ("architecture_config.dtype", "float16", "dtype must be one of bfloat16, float32"), ("model_seed", -1, "model_seed"),
+            ("architecture_config.dtype", ["float32"], "dtype must be text"), ("architecture_config.extra", 1, "unknown in"),
+            ("architecture_config.attention_bias", 1, "true or false"), ("n_evals", True, "n_evals must be a number"),
+            ("optimizer_config.betas", [0.9], "betas"), ("optimizer_config.betas", [0.9, 1.5], "betas"),
+            ("optimizer_config.lr_scheduler", 0.1, "an object"), ("optimizer_config.grad_clip_norm", 0, "grad_clip_norm"),
+            ("optimizer_config", None, "an object"), ("total_train_tokens", 10 ** 40, "total_train_tokens"),
+            ("total_train_tokens", "many", "a number"), ("max_runtime_seconds", ..., "missing in"), ("lr", 1, "unknown in")):
+        status, answer = ask("/submit", changed(path, value))
+        assert status == 422 and message in answer["message"], (path, value, answer)
+    assert ask("/experiments") == (200, []) and ask("/budget")[1]["used_seconds"] == 0
+
+
+def test_concurrent_requests_are_charged_once(serve):
+    ask = serve("--flop-budget", "5e14", "--second-budget", "250")
+    with ThreadPoolExecutor(16) as pool:
+        same = list(pool.map(lambda _: ask("/loss", **QUERY | {"train_flops": 10 ** 14}), range(32)))
+        assert {status for status, _ in same} == {200} and len({json.dumps(answer) for _, answer in same}) == 1
+        assert ask("/total_flops_used", api_key="local") == (200, 1e14)
+        other = list(pool.map(lambda d: ask("/loss", **QUERY | {"train_flops": 10 ** 14, "d_model": 64 * d})[0], range(1, 8)))
+        assert sorted(other) == [200] * 4 + [403] * 3 and ask("/total_flops_used", api_key="local") == (200, 5e14)
+        twice = list(pool.map(lambda _: ask("/submit", TRAINING)[0], range(16)))
+        assert sorted(twice) == [200] + [409] * 15
+
+
+def test_a_killed_server_loses_nothing(serve, tmp_path):
+    first = serve()
+    answer = first("/loss", **QUERY)
+    run = first("/submit", TRAINING)[1]["experiment_id"]
+    with ThreadPoolExecutor(4) as pool:                                  # killed amid answers
+        pending = [pool.submit(first, "/loss", **QUERY | {"d_model": d}) for d in range(64, 512)]
+        time.sleep(0.3)
+        first.kill()
+    answered = [future.result()[1] for future in pending if not future.exception()]
+    second = serve()
+    losses = {previous["loss"] for previous in second("/previous_runs", api_key="local")[1]["previous_runs"]}
+    assert {one["loss"] for one in answered} | {answer[1]["loss"]} <= losses
+    assert second("/loss", **QUERY)[1]["loss"] == answer[1]["loss"]
+    assert second(f"/experiment/{run}")[0] == 200 and second("/submit", TRAINING)[0] == 409
+    third = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--port", "0", "--store", tmp_path / "store.sqlite"],
+                           capture_output=True, text=True)
+    assert third.returncode == 2 and "stop the other server" in third.stderr and "Traceback" not in third.stderr
+    (tmp_path / "text.sqlite").write_text("no database " * 100)
+    fourth = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--store", tmp_path / "text.sqlite"], capture_output=True, text=True)
+    assert fourth.returncode == 2 and "not a database" in fourth.stderr and "Traceback" not in fourth.stderr
+
+
+def test_hostile_requests_get_a_4xx(serve):
+    server = serve()
+
+    def raw(data: bytes) -> int:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(data)
+            return int(connection.makefile("rb").readline().split()[1])
+    for value in ("9" * 5000, "NaN", "Infinity", "-Infinity", "1e999", "1e-999", "0x40", "1_000", "[" * 30000, "{}", "null",
+                  "\0", "\ud7ff", "%", "' OR 1=1 --", "-1"):
+        status, answer = server("/loss", **QUERY | {"d_model": value})
+        assert 400 <= status < 500 and answer["message"], value
+    assert raw(b"GET /loss?d_model=" + b"9" * 10_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n") == 414
+    assert raw(b"POST /submit HTTP/1.1\r\nX-API-Key: local\r\nContent-Length: 10000000\r\n\r\n" + b"[" * 10_000_000) == 413
+    for body in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b"NaN", b"1e999", b"9" * 6000, b'"x"', b"[]", b"{}",
+                 json.dumps(changed("optimizer_config.eps", math.nan)).encode(), json.dumps(changed("n_evals", math.inf)).encode()):
+        assert server("/submit", body)[0] == 422, body[:20]
+    for request, status in ((b"GET /loss?a=1&a=2&api_key=local HTTP/1.1\r\n\r\n", 422), (b"GET http://[ HTTP/1.1\r\n\r\n", 422),
+                            (b"GET /loss?" + b"a=1&" * 99 + b" HTTP/1.1\r\n\r\n", 422),
+                            (b"GET /%00 HTTP/1.1\r\n\r\n", 404), (b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", 404),
+                            (b"POST /submit HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 411),
+                            (b"POST /submit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+                            (b"POST /loss HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
+                            (b"PUT /submit HTTP/1.1\r\n\r\n", 405), (b"nonsense\r\n\r\n", 400)):
+        assert raw(request) == status, request
+    assert server("/budget")[1]["used_seconds"] == 0 and server("/total_flops_used", api_key="local") == (200, 0)
+    assert "Traceback" not in server.kill()
+
+
+def test_train_backend_trains_stops_and_starts_again(serve, tmp_path):
+    """Real runs of model.py: losses fall, time limits hold, kill -9 in the middle of a run leaves it queued, and no orphan."""
+    tokens = np.tile(np.arange(64, dtype=np.uint16), 400)                # a text that is quickly learned
+    np.save(tmp_path / "train.npy", tokens)
+    np.save(tmp_path / "valid.npy", tokens[:4000])
+    options = ("--backend", "train", "--tokens", tmp_path, "--ranges", "home", "--context-length", 16, "--workers", 1)
+    server = serve(*options)
+    query = {"d_model": 16, "num_layers": 1, "num_heads": 2, "batch_size": 8, "learning_rate": 0.02, "train_flops": 10 ** 9}
+    status, answer = server("/loss", **query)
+    assert status == 200 and answer["backend"] == "train" and answer["loss"] < 3.5 < math.log(64)     # ln V when nothing is learned
+    assert answer["parameters"] == 4 * 16 ** 2 + 3 * 16 * 40 + 64 * 16
+    wrong, right = (server("/submit", changed("architecture_config.vocab_size", size))[1]["experiment_id"] for size in (32, 64))
+    long = server("/submit", changed("total_train_tokens", 10 ** 9) | {"max_runtime_seconds": 2})[1]["experiment_id"]
+    while server(f"/experiment/{long}")[1]["status"]["status"] != "running":
+        time.sleep(0.2)
+    answer = server(f"/experiment/{wrong}")[1]["status"]
+    assert answer["status"] == "failed" and "outside" in answer["reason"], answer
+    answer = server(f"/experiment/{right}")[1]["status"]
+    assert answer["status"] == "completed" and len(answer["val_losses"]) == 3, answer
+    time.sleep(1)                                                        # the worker process is there, and imports torch
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(server.process.pid)], capture_output=True, text=True).stdout.split()
+    assert children
+    server.kill()
+    server = serve(*options)
+    assert server("/loss", **query)[1]["loss"] < 3.5
+    while (answer := server(f"/experiment/{long}")[1]["status"])["status"] in ("queued", "running"):
+        time.sleep(0.2)
+    assert answer["status"] == "failed" and "max_runtime_seconds" in answer["reason"]
+    for child in children:
+        for _ in range(600):
+            if subprocess.run(["ps", "-p", child, "-o", "args="], capture_output=True, text=True).stdout.find("spawn") < 0:
+                break
+            time.sleep(0.1)
+        else:
+            pytest.fail("a worker outlived its killed server")
+
+
+# ------------------------------------------------------------------------------------------------------------- the client
+
+def command(*options, **how):
+    return subprocess.run([sys.executable, ROOT / "scaling.py", *map(str, options)], capture_output=True, text=True, **how)
+
+
+def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
+    server = serve("--ranges", "home", "--flop-budget", "4e13")
+    out = tmp_path / "runs.jsonl"
+    sweep = ("sweep", "--url", server.url, "--out", out, "--widths", "64,96,128,192,256", "--budgets", "1e12,3e12", "--rate", "1e-3")
+    done = command(*sweep, "--dry-run")
+    assert done.returncode == 0 and "10 runs, 10 to do for 2e+13 FLOPs" in done.stdout and "d_model 192" in done.stdout
+    assert not out.exists() or not out.read_text()
+    assert command(*sweep).returncode == 0
+    runs = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(runs) == 10 and server("/total_flops_used", api_key="local") == (200, 2e13)
+    out.write_text("".join(json.dumps(run) + "\n" for run in runs[:6]) + '{"torn": 1')
+    done = command(*sweep)
+    assert done.returncode == 0 and "10 runs, 4 to do" in done.stdout
+    again = scaling.load_runs(out)
+    assert sorted(map(str, again)) == sorted(map(str, scaling.load_runs(out))) and len(again) == 10
+    assert {run["loss"] for run in again} == {run["loss"] for run in runs}
+    assert server("/total_flops_used", api_key="local") == (200, 2e13)
+    done = command("fit", "--out", out)
+    assert done.returncode == 0 and "parametric: E" in done.stdout
+    done = command(*sweep[:-2], "--flop-budget", "4e13", "--budgets", "9e12")
+    assert done.returncode == 2 and "more than is left" in done.stderr and "Traceback" not in done.stderr
+    out.write_text("not json\n" + json.dumps(runs[0]))
+    done = command("fit", "--out", out)
+    assert done.returncode == 2 and "line 1" in done.stderr
+    done = command("query", "--url", server.url, "d_model=1")
+    assert done.returncode == 2 and "missing" in done.stderr and "Traceback" not in done.stderr
+    server.kill()
+    done = command("query", "--url", server.url, "d_model=64")
+    assert done.returncode == 2 and "python scaling.py serve" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_main_job_on_the_law(tmp_path):
+    """Sweep, fit, prediction and check through the server; on the law backend the whole of it takes a second."""
+    done = command("run", "--backend", "law", "--out", tmp_path / "x", "--budgets", "1e15,3e15,1e16,3e16", "--widths",
+                   "256,320,384,448,512,640,768", "--layers", 6, "--rate", 0.008, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
+    assert result["runs"] == 20 and abs(result["error"]) < 0.03
+
+
+def test_walk_through():
+    done = command()
+    assert done.returncode == 0 and "what goes wrong" in done.stdout and done.stdout.rstrip().endswith("OK")
