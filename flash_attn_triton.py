@@ -1,0 +1,778 @@
+"""flash_attn_triton.py - exact attention that never writes the T x T scores to memory.
+
+What:       plain attention; FlashAttention-2 in PyTorch, tile by tile (forward and backward); the same in Triton, tuned for
+            NVIDIA Hopper, correct on any CUDA GPU; `flash_attention(q, k, v)` for `TransformerLM(config, attention=...)`.
+Source:     Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2; online softmax arXiv:1805.02867; grouped
+            queries arXiv:2305.13245. The log-sum-exp L and D = rowsum(dO * O) are the paper's (section 3.1.1, eq. 4).
+Deviations: 1. The Triton backward is two kernels, one for dK and dV and one for dQ, each of which writes what it owns: no
+            atomics, so gradients are the same bits in every run with the same tiles (the paper adds dQ with atomics).
+            2. Scores are kept in units of log2, since the hardware's exponential is 2^x.  3. A causal mask is aligned
+            top-left when T != S: query i sees keys 0..i, as in torch's scaled_dot_product_attention.
+Copy:       this file alone; needs torch, and triton >= 3.6 for the kernels (tested with 3.6 and 3.9). MIT.
+Run:        python flash_attn_triton.py
+"""
+import argparse
+import functools
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    jit = triton.jit
+except ImportError:                    # no Triton (a Mac): the PyTorch half of this file still works
+    triton = None
+
+    class tl:
+        """Stands in for triton.language, so that the kernels below can at least be defined."""
+        constexpr = None
+
+    def jit(function):
+        """Leaves a kernel as it is."""
+        return function
+
+LOG2_E = math.log2(math.e)
+
+# Dims: B batch, H query heads, G key/value heads (H a multiple of G), T queries, S keys, K head width
+#       i over queries (rows), j over keys (columns); BLOCK_M queries and BLOCK_N keys a tile
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain attention, and what is wrong with it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    """softmax(Q K^T / sqrt(K)) V, with the (T, S) scores in memory.
+
+    Args: q (..., H, T, K), k and v (..., G, S, K), any float dtype; H a multiple of G. Returns: (..., H, T, K).
+    Example: a single key has weight 1, so the output is its value.
+    """
+    H, T, K = q.shape[-3:] if q.dim() > 2 else (1, *q.shape)
+    if q.dim() > 2 and k.shape[-3] != H:
+        k, v = (x.repeat_interleave(H // x.shape[-3], dim=-3) for x in (k, v))
+    scores = q @ k.mT * K**-0.5                                                     # (..., T, S)
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return scores.softmax(-1) @ v                                                   # (..., T, K)
+
+
+class Cost(NamedTuple):
+    """Floating-point operations, and bytes moved to and from device memory."""
+    flops: float
+    plain_bytes: float
+    flash_bytes: float
+
+
+def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> Cost:
+    """Cost of one forward pass. A backward pass has 2.5 times the FLOPs: five matrix products against two.
+
+    Plain attention writes and reads the scores, then writes and reads their softmax: 4 T^2 numbers. The tiled versions
+    read Q, K, V and write O, each once: 4 T K numbers.
+    """
+    flops = 4 * B * H * T * T * K / (2 if is_causal else 1)
+    return Cost(flops, element * B * H * (4 * T * T + 4 * T * K), element * B * H * 4 * T * K)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FlashAttention-2 in PyTorch: the algorithm, one line for each line of the paper
+# ---------------------------------------------------------------------------------------------------------------------
+
+class FlashAttentionPyTorch(torch.autograd.Function):
+    """FlashAttention-2 with a Python loop over tiles. Slow, and easy to read; the Triton kernels below follow it.
+
+    `.apply(q, k, v, is_causal=False)`: q (..., T, K), k and v (..., S, K) with the same leading dimensions. Returns
+    (..., T, K). Saves L (..., T), the natural log of each row's sum of exponentials, which lets the backward pass
+    rebuild any tile of the softmax: P = exp(S - L).
+    """
+    QUERIES, KEYS = 64, 32             # tile size
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        """Algorithm 1. Raises: ValueError for shapes that do not belong together."""
+        _check(q, k, v)
+        if q.shape[:-2] != k.shape[:-2]:
+            raise ValueError(f"leading dimensions differ: q {tuple(q.shape)}, k {tuple(k.shape)}; "
+                             "repeat k and v for every query head (repeat_interleave), or use FlashAttentionTriton")
+        T, S, scale = q.shape[-2], k.shape[-2], q.shape[-1]**-0.5
+        wide = torch.promote_types(q.dtype, torch.float32)                          # accumulate in at least float32
+        o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=wide)
+        for i in range(0, T, FlashAttentionPyTorch.QUERIES):                        # Alg. 1 line 3
+            rows = slice(i, min(i + FlashAttentionPyTorch.QUERIES, T))
+            q_i = q[..., rows, :].to(wide)                                          # line 4
+            m = q_i.new_full(q_i.shape[:-1], -torch.inf)                            # line 5: running maximum,
+            l = q_i.new_zeros(q_i.shape[:-1])                                       #   running sum,
+            acc = torch.zeros_like(q_i)                                             #   unnormalised output
+            for cols in _key_tiles(rows, S, is_causal):                             # line 6
+                k_j, v_j = k[..., cols, :].to(wide), v[..., cols, :].to(wide)       # line 7
+                scores = _mask(q_i @ k_j.mT * scale, rows, cols, is_causal)         # line 8: (..., rows, cols)
+                new_m = torch.maximum(m, scores.amax(-1))                           # line 9
+                p = (scores - new_m[..., None]).exp()
+                rescale = (m - new_m).exp()                                         # what the old sums are worth now
+                l = rescale * l + p.sum(-1)
+                acc = rescale[..., None] * acc + p @ v_j                            # line 10
+                m = new_m
+            o[..., rows, :] = (acc / l[..., None]).to(o.dtype)                      # line 12
+            L[..., rows] = m + l.log()                                              # line 13
+        ctx.save_for_backward(q, k, v, o, L)
+        ctx.is_causal = is_causal
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor):
+        """Algorithm 2, the loop over queries outside."""
+        q, k, v, o, L = ctx.saved_tensors
+        T, S, scale, wide = q.shape[-2], k.shape[-2], q.shape[-1]**-0.5, L.dtype
+        D = (do.to(wide) * o.to(wide)).sum(-1)                                      # Alg. 2 line 4: (..., T)
+        dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
+        for i in range(0, T, FlashAttentionPyTorch.QUERIES):
+            rows = slice(i, min(i + FlashAttentionPyTorch.QUERIES, T))
+            q_i, do_i = q[..., rows, :].to(wide), do[..., rows, :].to(wide)
+            for cols in _key_tiles(rows, S, ctx.is_causal):
+                k_j, v_j = k[..., cols, :].to(wide), v[..., cols, :].to(wide)
+                scores = _mask(q_i @ k_j.mT * scale, rows, cols, ctx.is_causal)     # line 10
+                p = (scores - L[..., rows, None]).exp()                             # line 11: the softmax itself
+                dv[..., cols, :] += p.mT @ do_i                                     # line 12
+                dp = do_i @ v_j.mT                                                  # line 13
+                ds = p * (dp - D[..., rows, None]) * scale                          # line 14
+                dq[..., rows, :] += ds @ k_j                                        # line 15
+                dk[..., cols, :] += ds.mT @ q_i                                     # line 16
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _key_tiles(rows: slice, S: int, is_causal: bool) -> list[slice]:
+    """The tiles of keys that any of these queries may see: those beyond the diagonal are never visited."""
+    end = min(S, rows.stop) if is_causal else S
+    return [slice(j, min(j + FlashAttentionPyTorch.KEYS, end)) for j in range(0, end, FlashAttentionPyTorch.KEYS)]
+
+
+def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
+    """-inf where a key lies in the future; a tile below the diagonal is returned as it is."""
+    if not is_causal or cols.stop <= rows.start + 1:
+        return scores
+    i = torch.arange(rows.start, rows.stop, device=scores.device)[:, None]
+    j = torch.arange(cols.start, cols.stop, device=scores.device)
+    return scores.masked_fill(j > i, -torch.inf)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same in Triton. A program owns one tile of the output and loops over the other side.
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# x and strides: a (B, H, T, K) tensor and its first three strides, or with TMA a tensor descriptor, which on Hopper has
+# the copy engine fetch a whole tile in one instruction, bounds checks and shared-memory layout included.
+
+@jit
+def load_tile(x, strides, batch, head, row, length,
+              ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """Rows [row, row + ROWS) of one head, (ROWS, BLOCK_K); zeros beyond the last row and beyond K."""
+    if TMA:
+        return x.load([batch, head, row, 0]).reshape(ROWS, BLOCK_K)
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = tl.arange(0, BLOCK_K)
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]     # 64 bits: past 2^31 elements
+        inside = (rows < length)[:, None]
+        if K < BLOCK_K:
+            inside = inside & (cols < K)[None, :]
+        return tl.load(start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], mask=inside, other=0.0)
+
+
+@jit
+def store_tile(x, strides, tile, batch, head, row, length,
+               ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
+    """The counterpart of load_tile: writes what lies inside, leaves the rest alone."""
+    if TMA:
+        x.store([batch, head, row, 0], tile.to(x.dtype).reshape(1, 1, ROWS, BLOCK_K))
+    else:
+        rows = row + tl.arange(0, ROWS)
+        cols = tl.arange(0, BLOCK_K)
+        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+        tl.store(start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], tile.to(x.dtype.element_ty),
+                 mask=(rows < length)[:, None] & (cols < K)[None, :])
+
+
+@jit
+def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) or (1, BLOCK_N): which scores of the tile at (row, col) count."""
+    cols = col + tl.arange(0, BLOCK_N)
+    keep = (cols < S)[None, :]
+    if CAUSAL:
+        keep = keep & (cols[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
+    return keep
+
+
+@jit
+def key_range(row, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys for the queries from `row` on: [0, full) in whole tiles that need no mask, [full, end) in tiles that do."""
+    if CAUSAL:
+        return tl.minimum(row, S) // BLOCK_N * BLOCK_N, tl.minimum(row + BLOCK_M, S)
+    else:
+        return S // BLOCK_N * BLOCK_N, S
+
+
+@jit
+def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_strides, L, scale_log2, one, H, T, S,
+                   GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+                   PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """O and L (B, H, T) for one tile of queries: Algorithm 1, with the running maximum m in units of log2.
+
+    Programs of one head are neighbours, so that its K and V stay in the L2 cache, and begin with the last rows, which
+    have the most work under a causal mask: no long program is left for the end.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    batch = tl.program_id(0) // tiles // H
+    head = tl.program_id(0) // tiles % H
+    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    if q.dtype != tl.float32:          # times 1.0, which the compiler cannot know: Q now counts as computed, so it goes to
+        q = (q.to(tl.float32) * one).to(q.dtype)     # the tensor cores from registers, its shared memory to K and V
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):  # the same loop twice: tiles below the diagonal, then those that cross it or the end
+        for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
+            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 8
+            if MASKED:
+                s = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), s, float("-inf"))
+            new_m = tl.maximum(m, tl.max(s, 1) * scale_log2)                        # line 9; finite, since every query
+            p = tl.exp2(s * scale_log2 - new_m[:, None])                            # sees a key in the first tile
+            rescale = tl.exp2(m - new_m)
+            l = l * rescale + tl.sum(p, 1)
+            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)     # line 10
+            m = new_m
+    store_tile(o_at, o_strides, acc / l[:, None], batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)  # line 12
+    rows = row + tl.arange(0, BLOCK_M)
+    tl.store(L + (batch * H + head).to(tl.int64) * T + rows, (m + tl.log2(l)) * 0.6931471805599453, mask=rows < T)
+
+
+@jit
+def delta_kernel(o_at, o_strides, do_at, do_strides, L, stats, D_offset, H, T, T_padded,
+                 K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
+    """D = rowsum(dO * O), and L in units of log2, padded to whole tiles. A padding row gets L = inf, which makes its
+    P = exp(S - L) zero, so that the two kernels below need no mask for the last tile of queries."""
+    tiles = T_padded // BLOCK_M
+    row = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = tl.program_id(0) // tiles
+    o = load_tile(o_at, o_strides, batch_head // H, batch_head % H, row, T, BLOCK_M, K, BLOCK_K, False)
+    do = load_tile(do_at, do_strides, batch_head // H, batch_head % H, row, T, BLOCK_M, K, BLOCK_K, False)
+    rows = row + tl.arange(0, BLOCK_M)
+    lse = tl.load(L + batch_head.to(tl.int64) * T + rows, mask=rows < T, other=float("inf"))
+    at = stats + batch_head.to(tl.int64) * T_padded + rows
+    tl.store(at, lse * 1.4426950408889634)
+    tl.store(at + D_offset, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1))
+
+
+@jit
+def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, dk_at, dk_strides, dv_at,
+                dv_strides, stats, D_offset, scale, scale_log2, H, T, T_padded, S,
+                GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+                PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dK and dV for one tile of keys of one key head, summed over the GROUP query heads that share it: Algorithm 2.
+
+    Scores are transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T come out of one product in the registers where the
+    next one wants them. Keys beyond S make rows that are never stored. The first tiles have the most work.
+    """
+    tiles = tl.cdiv(S, BLOCK_N)
+    col = tl.program_id(0) % tiles * BLOCK_N
+    batch = tl.program_id(0) // tiles // (H // GROUP)
+    kv_head = tl.program_id(0) // tiles % (H // GROUP)
+    k = load_tile(k_at, k_strides, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    v = load_tile(v_at, v_strides, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    first, full = 0, 0                 # queries [first, full) cross the diagonal; those before see none of these keys
+    if CAUSAL:
+        first = col // BLOCK_M * BLOCK_M
+        full = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M), tl.cdiv(T, BLOCK_M)) * BLOCK_M
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        stats_at = stats + (batch * H + head).to(tl.int64) * T_padded
+        for UNMASKED in tl.static_range(0 if CAUSAL else 1, 2):
+            for row in tl.range(full if UNMASKED else first, T if UNMASKED else full, BLOCK_M):
+                rows = row + tl.arange(0, BLOCK_M)
+                q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+                lse = tl.load(stats_at + rows)
+                sT = tl.dot(k, q.T, input_precision=PRECISION)                      # line 10
+                pT = tl.exp2(sT * scale_log2 - lse[None, :])                        # line 11
+                if not UNMASKED:
+                    pT = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= rows[None, :], pT, 0.0)
+                do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+                dpT = tl.dot(v, do.T, input_precision=PRECISION)                    # line 13
+                delta = tl.load(stats_at + D_offset + rows)
+                dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=PRECISION)     # line 12
+                dsT = pT * (dpT - delta[None, :])                                   # line 14, scaled once at the end
+                dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)      # line 16
+    store_tile(dv_at, dv_strides, dv, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    store_tile(dk_at, dk_strides, dk * scale, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+
+
+@jit
+def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, dq_at, dq_strides,
+              stats, D_offset, scale, scale_log2, one, H, T, T_padded, S,
+              GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dQ for one tile of queries: the forward kernel's loop and order, the scores and dP computed once more."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    batch = tl.program_id(0) // tiles // H
+    head = tl.program_id(0) // tiles % H
+    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    if q.dtype != tl.float32:          # into registers, as in forward_kernel: from 0.73 to 0.63 ms at K = 128
+        q = (q.to(tl.float32) * one).to(q.dtype)
+    do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    stats_at = stats + (batch * H + head).to(tl.int64) * T_padded + row + tl.arange(0, BLOCK_M)
+    lse = tl.load(stats_at)
+    delta = tl.load(stats_at + D_offset)
+    dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
+            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 10
+            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            dp = tl.dot(do, v.T, input_precision=PRECISION)                         # line 13
+            p = tl.exp2(s * scale_log2 - lse[:, None])                              # line 11
+            if MASKED:
+                p = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
+            ds = p * (dp - delta[:, None])                                          # line 14, scaled once at the end
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)           # line 15
+    store_tile(dq_at, dq_strides, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting the kernels
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Tile(NamedTuple):
+    """One way to build a kernel: tile of queries and keys, warps a program, tiles in flight."""
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+INTERPRETER_TILE = Tile(32, 16, 4, 1)                     # small and not square, so that small tests reach every branch
+_fastest: dict[tuple, Tile] = {}
+
+
+def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[Tile]:
+    """The few tiles worth timing, best guess first: what is left of a sweep of some 180 for each kernel on an H200."""
+    if dtype == torch.float32:                            # three tf32 products for each one: more registers
+        small = Tile(16, 16, 4, 1)
+        return {"forward": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)] if K <= 64 else [Tile(64, 32, 4, 2), small],
+                "dkdv": [Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)] if K <= 64 else [Tile(32, 64, 4, 1), small],
+                "dq": [Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)] if K <= 64 else [Tile(64, 16, 4, 2), small]}[kernel]
+    if K > 128:
+        return {"forward": [Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)],
+                "dkdv": [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)],
+                "dq": [Tile(64, 64, 8, 2), Tile(64, 32, 4, 2)]}[kernel]
+    if not descriptors:                                   # pointers need registers: smaller tiles
+        return {"forward": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
+                "dkdv": [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)],
+                "dq": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)]}[kernel]
+    if K > 64:
+        return {"forward": [Tile(64, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 32, 4, 4)],
+                "dkdv": [Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 4)],
+                "dq": [Tile(64, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)]}[kernel]
+    return {"forward": [Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
+            "dkdv": [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 4)],
+            "dq": [Tile(64, 128, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)]}[kernel]
+
+
+def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descriptors: bool) -> None:
+    """Runs `launch(tile)` with the fastest tile, timing the candidates when a kind of problem is new.
+
+    Lengths count by the power of two above them: triton.autotune would time everything again for every new length.
+    """
+    if not isinstance(forward_kernel, triton.runtime.JITFunction):
+        return launch(INTERPRETER_TILE)
+    T, S = (min(triton.next_power_of_2(x.shape[-2]), 16384) for x in (q, k))
+    key = (kernel, T, S, q.shape[-1], q.shape[1] // k.shape[1], q.dtype, is_causal, descriptors, q.device)
+    tiles = _tiles(kernel, q.shape[-1], q.dtype, descriptors)
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up before capturing
+            return launch(tiles[0])
+        times = []
+        for tile in tiles:
+            try:
+                times.append(triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median"))
+            except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
+                times.append(math.inf)
+        if min(times) == math.inf:
+            raise ValueError(f"no tile of the {kernel} kernel fits this GPU at head width {q.shape[-1]} in {q.dtype}; "
+                             "use a 16-bit dtype or a smaller head width")
+        _fastest[key] = tiles[times.index(min(times))]
+    launch(_fastest[key])
+
+
+def _descriptors_fit(*tensors: Tensor) -> bool:
+    """Whether the copy engine can read these: Hopper or newer, starts and strides on 16 bytes, last dimension dense."""
+    if tensors[0].is_cuda and torch.cuda.get_device_capability(tensors[0].device) < (9, 0):
+        return False
+    return all(x.data_ptr() % 16 == 0 and x.stride(-1) == 1
+               and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) for x in tensors)
+
+
+def _operand(x: Tensor, rows: int, descriptors: bool):
+    """What a kernel gets for x: a descriptor for tiles of `rows` rows, or the pointer; and the strides."""
+    strides = tuple(x.stride()[:3])
+    if not descriptors:
+        return x, strides
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, triton.next_power_of_2(x.shape[-1])]), strides
+
+
+def _constants(q: Tensor, k: Tensor, is_causal: bool, descriptors: bool, tile: Tile) -> dict:
+    return dict(GROUP=q.shape[1] // k.shape[1], K=q.shape[-1], BLOCK_K=triton.next_power_of_2(q.shape[-1]),
+                CAUSAL=is_causal, TMA=descriptors, PRECISION="tf32x3", BLOCK_M=tile.m, BLOCK_N=tile.n,
+                num_warps=tile.warps, num_stages=tile.stages)     # PRECISION: float32 only, 3 tf32 products, error 4e-7
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, triton_limits: bool = False) -> None:
+    """One line on what is wrong with the arguments, as ValueError."""
+    if q.dim() < 2 or k.dim() != q.dim() or k.shape != v.shape:
+        raise ValueError(f"q must be (..., T, K), k and v (..., S, K); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"head widths differ: q has {q.shape[-1]}, k and v have {k.shape[-1]}")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
+    if q.numel() == 0 or k.numel() == 0:
+        raise ValueError(f"nothing to attend to: q {tuple(q.shape)}, k {tuple(k.shape)} has an empty dimension")
+    if not triton_limits:
+        return
+    if triton is None:
+        raise ValueError("FlashAttentionTriton needs triton (pip install triton, Linux only); use FlashAttentionPyTorch")
+    if q.shape[:-3] != k.shape[:-3] or (q.dim() > 2 and q.shape[-3] % k.shape[-3]):
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: leading dimensions must agree, and the query heads "
+                         "(third from the end) be a multiple of the key heads")
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"the Triton kernels take float32, float16 and bfloat16, got {q.dtype}; "
+                         "cast, or use FlashAttentionPyTorch")
+    if not 16 <= q.shape[-1] <= 256:
+        raise ValueError(f"the Triton kernels take head widths 16 to 256, got {q.shape[-1]}; "
+                         "pad with zeros and rescale q, or use FlashAttentionPyTorch")
+    if not q.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
+        raise ValueError(f"the Triton kernels need a CUDA GPU, the tensors are on {q.device}; use FlashAttentionPyTorch or "
+                         "plain attention, or set TRITON_INTERPRET=1 before Python starts to run them slowly on a CPU")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _fold(x: Tensor) -> Tensor:
+    """(..., H, T, K) as (B, H, T, K) with a dense last dimension; a broadcast (stride 0) tensor is copied."""
+    x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x.flatten(0, -4)
+    broadcast = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
+    return x.contiguous() if broadcast or x.stride(-1) != 1 else x
+
+
+@torch.library.custom_op("flash_attn_triton::forward", mutates_args=())
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """O like q, and L (..., T) in float32. An operator of its own, which torch.compile calls without looking inside."""
+    _check(q, k, v, triton_limits=True)
+    o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    q, k, v, o4 = _fold(q), _fold(k), _fold(v), _fold(o)
+    (B, H, T, K), S = q.shape, k.shape[2]
+    descriptors = _descriptors_fit(q, k, v, o4)
+
+    def launch(tile: Tile) -> None:
+        forward_kernel[(triton.cdiv(T, tile.m) * B * H,)](
+            *_operand(q, tile.m, descriptors), *_operand(k, tile.n, descriptors), *_operand(v, tile.n, descriptors),
+            *_operand(o4, tile.m, descriptors), L, K**-0.5 * LOG2_E, 1.0, H, T, S,
+            **_constants(q, k, is_causal, descriptors, tile))
+
+    with torch.cuda.device(q.get_device()):
+        _start("forward", launch, q, k, is_causal, descriptors)
+    return o, L
+
+
+@flash_forward.register_fake
+def _(q, k, v, is_causal):
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("flash_attn_triton::backward", mutates_args=())
+def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor,
+                   is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV from what the forward pass saved: one small kernel for D, then one for each side."""
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do.to(q.dtype))
+    dq4, dk4, dv4 = _fold(dq), _fold(dk), _fold(dv)
+    (B, H, T, K), (G, S), scale = q.shape, k.shape[1:3], q.shape[-1]**-0.5
+    T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
+    stats = q.new_empty((2, B, H, T_padded), dtype=torch.float32)                   # L in log2, and D
+    descriptors = _descriptors_fit(q, k, v, do, dq4, dk4, dv4)
+
+    def both_sides(tile: Tile) -> list:
+        return [x for tensor, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))
+                for x in _operand(tensor, rows, descriptors)]
+
+    def launch_dkdv(tile: Tile) -> None:
+        dkdv_kernel[(triton.cdiv(S, tile.n) * B * G,)](
+            *both_sides(tile), *_operand(dk4, tile.n, descriptors), *_operand(dv4, tile.n, descriptors),
+            stats, B * H * T_padded, scale, scale * LOG2_E, H, T, T_padded, S,
+            **_constants(q, k, is_causal, descriptors, tile))
+
+    def launch_dq(tile: Tile) -> None:
+        dq_kernel[(triton.cdiv(T, tile.m) * B * H,)](
+            *both_sides(tile), *_operand(dq4, tile.m, descriptors),
+            stats, B * H * T_padded, scale, scale * LOG2_E, 1.0, H, T, T_padded, S,
+            **_constants(q, k, is_causal, descriptors, tile))
+
+    with torch.cuda.device(q.get_device()):
+        delta_kernel[(T_padded // 32 * B * H,)](
+            *_operand(o, 32, False), *_operand(do, 32, False), L, stats, B * H * T_padded, H, T, T_padded,
+            K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_M=32)
+        _start("dkdv", launch_dkdv, q, k, is_causal, descriptors)
+        _start("dq", launch_dq, q, k, is_causal, descriptors)
+    return dq, dk, dv
+
+
+@flash_backward.register_fake
+def _(q, k, v, o, L, do, is_causal):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.is_causal = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, do: Tensor, _unused=None):
+    return *flash_backward(*ctx.saved_tensors, do, ctx.is_causal), None
+
+
+flash_forward.register_autograd(_backward, setup_context=_save)
+
+
+class FlashAttentionTriton(torch.autograd.Function):
+    """FlashAttention-2 by the Triton kernels, forward and backward.
+
+    `.apply(q, k, v, is_causal=False)`: q (..., H, T, K), k and v (..., G, S, K), or (T, K) and (S, K); H a multiple of G.
+    Returns (..., H, T, K). Saves q, k, v, the output, and L (..., H, T) in nats. Dtypes float32, float16, bfloat16; K 16
+    to 256. Raises: ValueError with the remedy for anything else.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+        """Algorithm 1 in one kernel."""
+        o, L = flash_forward(q, k, v, is_causal)
+        _save(ctx, (q, k, v, is_causal), (o, L))
+        return o
+
+    backward = staticmethod(_backward)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
+    """Attention by the Triton kernels, for `TransformerLM(config, attention=flash_attention)`.
+
+    Args: q (..., H, T, K), k and v (..., G, S, K), H a multiple of G. Returns: (..., H, T, K). Differentiable, and safe
+    under torch.compile(fullgraph=True) and in CUDA graphs (after one call that times the tiles). Under torch.autocast the
+    arguments are cast, as for torch's own attention. Raises: ValueError, see FlashAttentionTriton.
+    Example: flash_attention(q, k, v) equals plain_attention(q, k, v, is_causal=True) to rounding.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return flash_forward(q, k, v, is_causal)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Walk-through, check, benchmark
+# ---------------------------------------------------------------------------------------------------------------------
+
+def walk_through() -> None:
+    """Why the scores are the problem, and one row of attention tile by tile."""
+    print("Plain attention, batch 1, 16 heads, K 64, causal, bfloat16, forward:")
+    for T in (1024, 16384):
+        c = cost(1, 16, T, 64)
+        print(f"  T {T:5d}: {c.flops / 1e9:6.1f} GFLOP; plain moves {c.plain_bytes / 1e6:8.1f} MB, tiled {c.flash_bytes / 1e6:6.1f} MB: "
+              f"{c.flops / c.plain_bytes:4.0f} against {c.flops / c.flash_bytes:5.0f} FLOP a byte")
+    print("  An H200 does about 190 bfloat16 FLOPs in the time of one byte: the plain version waits for memory.\n")
+    print("One query, four keys in tiles of two; scores in nats, values 1 to 4:")
+    m, l, acc = -math.inf, 0.0, 0.0
+    for scores, values in (((1.0, 3.0), (1.0, 2.0)), ((2.0, 5.0), (3.0, 4.0))):
+        new_m = max(m, *scores)
+        rescale, p = math.exp(m - new_m), [math.exp(s - new_m) for s in scores]
+        l = l * rescale + sum(p)
+        acc = acc * rescale + sum(a * b for a, b in zip(p, values))
+        m = new_m
+        print(f"  tile {scores}  max {m:.0f}  old sums x {rescale:.3f}  sum {l:.4f}  output so far {acc / l:.4f}")
+    print(f"  L = {m + math.log(l):.4f}, from which the backward pass rebuilds any p = exp(s - L)\n")
+
+
+def relative_error(x: Tensor, reference: Tensor) -> float:
+    """|x - reference| / |reference| over all elements; NaN stays NaN."""
+    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def errors(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor, is_causal: bool) -> dict[str, float]:
+    """Relative errors of O, dQ, dK, dV against plain attention in float64."""
+    def run(function, tensors, seed_gradient):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = function(*leaves, is_causal)
+        return [out.detach(), *torch.autograd.grad(out, leaves, seed_gradient)]
+    ours = run(attention, (q, k, v), do)
+    exact = run(plain_attention, [x.double() for x in (q, k, v)], do.double())
+    return {name: relative_error(a, b) for name, a, b in zip(("O", "dQ", "dK", "dV"), ours, exact)}
+
+
+def self_check(seed: int = 0) -> dict[str, float]:
+    """Largest relative error of each version, over ragged lengths, grouped heads and odd widths.
+
+    Raises: AssertionError above 5e-6 in float32 (rounding gives up to 5e-7, a wrong mask or scale 1e-2 or more) and above
+    3e-3 in float16, whose numbers have 11 bits: 2^-11 = 5e-4 a rounding, and P, dS and the outputs are each rounded.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    versions = {"PyTorch": FlashAttentionPyTorch.apply}
+    if triton is not None and (device == "cuda" or not isinstance(forward_kernel, triton.runtime.JITFunction)):
+        versions["Triton"] = FlashAttentionTriton.apply
+    generator = torch.Generator(device).manual_seed(seed)
+    worst = {}
+    for name, attention in versions.items():
+        for lead, G, T, S, K, dtype in [((2, 2), 2, 64, 64, 16, torch.float32), ((1, 4), 2, 45, 70, 16, torch.float32),
+                                        ((3,), 3, 70, 33, 20, torch.float32), ((), 0, 1, 40, 24, torch.float32),
+                                        ((1, 2), 1, 40, 40, 32, torch.float16)]:
+            if name == "PyTorch" and lead and lead[-1] != G:
+                continue                                  # takes equal numbers of heads only
+            for is_causal in (False, True):
+                keys = (*lead[:-1], G, S, K) if lead else (S, K)
+                q, k, v, do = (torch.randn(shape, generator=generator, device=device).to(dtype)
+                               for shape in ((*lead, T, K), keys, keys, (*lead, T, K)))
+                error = errors(attention, q, k, v, do, is_causal)
+                if T == 1 and is_causal:                  # a single weight of 1: dQ and dK are zero, nothing to divide by
+                    error = {part: error[part] for part in ("O", "dV")}
+                limit = 3e-3 if dtype == torch.float16 else 5e-6
+                assert all(e < limit for e in error.values()), f"{name}: {error} at {tuple(q.shape)}, {keys}, {dtype}"
+                if dtype == torch.float32:
+                    worst[name] = max(worst.get(name, 0.0), *error.values())
+    return worst
+
+
+def _median_ms(function) -> float | str:
+    """Median milliseconds, or why there are none. On a GPU by triton.testing.do_bench, which also empties the L2 cache."""
+    try:
+        if torch.cuda.is_available():
+            function()
+            return triton.testing.do_bench(function, warmup=10, rep=60, return_mode="median")
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            function()
+            times.append((time.perf_counter() - start) * 1e3)
+        return sorted(times[1:])[2]
+    except torch.cuda.OutOfMemoryError:
+        return "memory"
+    except RuntimeError as error:                         # SDPA: "No available kernel", for float32 or a width
+        if "vailable kernel" not in str(error):
+            raise
+        return "none"
+
+
+def _ceiling(dtype: torch.dtype, device: str) -> float:
+    """TFLOP/s of a large matrix product: what the tensor cores give here. float32: a third of tf32, which is how many
+    products it takes to get float32 accuracy out of them."""
+    n, tf32 = (8192, torch.backends.cuda.matmul.allow_tf32) if device == "cuda" else (1024, False)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    rate = 2 * n**3 / _median_ms(lambda: a @ b) / 1e9
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    return rate / 3 if dtype == torch.float32 and device == "cuda" else rate
+
+
+def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
+    """Median ms of forward, backward and both, causal, beside what one would use instead.
+
+    batch 0 keeps the tokens at 16384 while T is shorter. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def backend(choice):
+        def run(q, k, v):
+            with sdpa_kernel(choice):
+                return sdpa(q, k, v, is_causal=True)
+        return run
+
+    plain = functools.partial(plain_attention, is_causal=True)
+    if device == "cuda":
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
+              f"causal, {heads} heads, B = {batch or 'max(1, 16384 / T)'}; ms, median")
+        versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True),
+                    "SDPA-FA2": backend(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
+                    "ours": flash_attention}
+    else:
+        print(f"CPU, torch {torch.__version__}, {torch.get_num_threads()} threads; causal, {heads} heads; ms, median; "
+              "the Triton kernels need a GPU")
+        versions = {"plain": plain, "SDPA": lambda q, k, v: sdpa(q, k, v, is_causal=True),
+                    "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
+    for dtype in dtypes:
+        ceiling = _ceiling(dtype, device)
+        print(f"\n{str(dtype)[6:]}: ceiling {ceiling:.1f} TFLOP/s")
+        print(f"{'K':>4} {'T':>6} {'B':>4} {'pass':9}" + "".join(f"{name:>12}" for name in versions) + "   ours TFLOP/s  of ceiling")
+        for K in widths:
+            for T in lengths:
+                B = batch or max(1, 16384 // T if device == "cuda" else 1)
+                q, k, v = (torch.randn(B, heads, T, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+                do = torch.randn_like(q)
+                cells = {}
+                for name, attention in versions.items():
+                    forward = backward = both = "memory"
+                    scores = 3 * B * heads * T * T * q.element_size()          # plain: scores, softmax and a gradient
+                    if device == "cpu" or name not in ("plain", "compiled") or scores < 0.8 * torch.cuda.mem_get_info()[0]:
+                        forward = _median_ms(lambda: attention(q, k, v))
+                        both = forward if isinstance(forward, str) else _median_ms(
+                            lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
+                        if isinstance(both, str):
+                            backward = both
+                        else:
+                            out = attention(q, k, v)
+                            backward = _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
+                            del out
+                    cells[name] = {"forward": forward, "backward": backward, "both": both}
+                    if device == "cuda":
+                        torch.cuda.empty_cache()
+                for part, share in (("forward", 1.0), ("backward", 2.5), ("both", 3.5)):
+                    row = "".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.3f}" for x in (c[part] for c in cells.values()))
+                    rate = share * cost(B, heads, T, K).flops / cells["ours"][part] / 1e9
+                    print(f"{K:4d} {T:6d} {B:4d} {part:9}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bench", action="store_true", help="time the versions side by side; the whole grid takes minutes")
+    parser.add_argument("--lengths", type=int, nargs="+", help="T of the benchmark (default 128 to 65536 on a GPU)")
+    parser.add_argument("--widths", type=int, nargs="+", help="K of the benchmark (default 16 to 128 on a GPU)")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"], help="default bfloat16 float32")
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=0, help="default: as many sequences as make 16384 tokens")
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    if args.bench:
+        bench(args.lengths or ([128 * 2**i for i in range(10)] if cuda else [256, 1024]),
+              args.widths or ([16, 32, 64, 128] if cuda else [64]),
+              [getattr(torch, name) for name in args.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])],
+              args.heads, args.batch)
+        return 0
+    if triton is not None and not cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
+        print("No GPU: starting again with TRITON_INTERPRET=1, so that the Triton kernels run on the CPU.\n", flush=True)
+        return subprocess.call([sys.executable, *sys.argv], env={**os.environ, "TRITON_INTERPRET": "1"})
+    walk_through()
+    for name, worst in self_check(args.seed).items():
+        print(f"FlashAttention{name}: O, dQ, dK, dV equal plain attention in float64 to {worst:.1e}  OK")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
