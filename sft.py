@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import functools
 import gzip
 import json
 import math
@@ -21,12 +22,11 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,9 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Dims: B sequences, T label positions (one fewer than tokens), D model width, V vocabulary
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two kinds of tokenizer, two kinds of model: the only three places that know the difference
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- two kinds of tokenizer, two kinds of model: the only three places that know the difference
 
 
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -64,9 +62,7 @@ def logits_of(model, input_ids: Tensor) -> Tensor:
     return output.logits if hasattr(output, "logits") else output
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The tensors of fine-tuning
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the tensors of fine-tuning
 
 
 def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: int) -> dict[str, Tensor]:
@@ -187,9 +183,7 @@ def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, g
     return loss.detach(), {"response_tokens": response_mask.sum().detach(), "per_example": per_example.detach()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Instruction tuning: documents packed end to end
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- instruction tuning: documents packed end to end
 
 ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}")   # Taori et al. 2023
@@ -258,9 +252,7 @@ def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> t
                                        generator=torch.Generator().manual_seed(seed))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading an answer out of free text
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- reading an answer out of free text
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+")
 
@@ -291,9 +283,7 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Preference tuning: DPO
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- preference tuning: DPO
 
 
 def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str]) -> Tensor:
@@ -353,9 +343,7 @@ def read_hh_pairs(path: str) -> list[dict]:
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The embedded task: arithmetic with a checkable answer, made by a seeded generator
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the embedded task: arithmetic with a checkable answer
 
 NAMES = "Ann Ben Eva Ivo Kim Leo Mia Tom".split()
 THINGS = "apples books coins eggs keys nuts pens shells".split()
@@ -379,8 +367,8 @@ def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[d
             after = {"+": total + b, "-": total - b, "*": total * b}[operation]
             if not 0 <= after <= 99:
                 break
+            expression = f"({expression}) * {b}" if operation == "*" and work else f"{expression} {operation} {b}"
             work.append(f"{total}{operation}{b}={after}")
-            expression = f"({expression}) * {b}" if operation == "*" and work[1:] else f"{expression} {operation} {b}"
             story.append(WORDS[operation if operation != "*" else f"*{b}"].format(b=b))
             total, key = after, key + operation + str(b)
         if len(work) < 2 or (zlib.crc32(key.encode()) % 10 == 0) != held_out:
@@ -392,50 +380,42 @@ def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[d
     return problems
 
 
-def write_arithmetic(folder: str, seed: int, corpus: str = "", count: int = 20_000, demonstrations: int = 512,
+def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_000, demonstrations: int = 2048,
                      quick: float = 0.6) -> None:
     """The task as files that the commands here read like any other data:
 
-    base.txt          documents for pre-training: questions with their work (4 of 5) or the answer alone, and `corpus`
-    sft.jsonl         {"prompt", "response", "answer"}: the think/answer format. A share `quick` of the demonstrations does
-                      not think: it names the answer at once, which a small model seldom gets right. SFT imitates both kinds;
-                      only a reward can tell them apart.
-    train.jsonl, valid.jsonl    {"prompt", "answer"} for reinforcement learning, and held out
-    instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    the task for PackedDataset and DPO: work is preferred to none
+    base.txt        documents to pre-train on: questions with their work (4 of 5) or the answer alone, and other_text
+    sft.jsonl       {"prompt", "response", "answer"}: the think/answer format. The share `quick` of the demonstrations does
+                    not think but names the answer at once, which a small model seldom gets right. SFT imitates both
+                    kinds alike; only a reward can tell them apart.
+    train.jsonl, valid.jsonl    {"prompt", "answer"}, to learn from by reward, and held out
+    instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    for PackedDataset and DPO; answers with work are preferred
     """
     rng = random.Random(seed)
-    def prompt(p):
-        return f"User: {p['question']}\nAssistant: <think>"
-    def thinking(p):
-        return f" {p['work']}</think> <answer>{p['answer']}</answer>"
-    def guessing(p):
-        return f" I know this.</think> <answer>{p['answer']}</answer>"
-    problems = arithmetic_problems(count, seed)
-    documents = [f"Question: {p['question']}\n" + (f"Work: {p['work']}\n" if rng.random() < 0.8 else "") + f"Answer: {p['answer']}"
-                 for p in problems]
-    if corpus:
-        documents += [corpus[i:i + 500] for i in range(0, len(corpus), 500)]
-        rng.shuffle(documents)
-    shown, held_out = arithmetic_problems(demonstrations, seed + 1), arithmetic_problems(1000, seed, held_out=True)
-    def pair(p):
+    problems, held_out = arithmetic_problems(count, seed), arithmetic_problems(1000, seed, held_out=True)
+    documents = [f"Question: {p['question']}\n" + (f"Work: {p['work']}\n" if rng.random() < 0.8 else "") +
+                 f"Answer: {p['answer']}" for p in problems] + [other_text[i:i + 500] for i in range(0, len(other_text), 500)]
+    rng.shuffle(documents)
+
+    def task(p: dict) -> dict:
+        return {"prompt": f"User: {p['question']}\nAssistant: <think>", "answer": p["answer"]}
+
+    def pair(p: dict) -> dict:
         return {"prompt": p["question"], "chosen": f"{p['work']}. So {p['answer']}.", "rejected": f"{p['answer']}."}
-    files = {"base.txt": "<|endoftext|>".join(documents),
-             "sft.jsonl": [{"prompt": prompt(p), "answer": p["answer"],
-                            "response": (guessing if rng.random() < quick else thinking)(p)} for p in shown],
-             "train.jsonl": [{"prompt": prompt(p), "answer": p["answer"]} for p in problems],
-             "valid.jsonl": [{"prompt": prompt(p), "answer": p["answer"]} for p in held_out],
-             "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)["chosen" if rng.random() < 0.5 else "rejected"]}
+    shown = [(p, "I know this." if rng.random() < quick else p["work"]) for p in arithmetic_problems(demonstrations, seed + 1)]
+    files = {"sft.jsonl": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"} for p, thought in shown],
+             "train.jsonl": map(task, problems), "valid.jsonl": map(task, held_out),
+             "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
                                     for p in problems[:4000]],
-             "pairs.jsonl": [pair(p) for p in shown], "pairs_valid.jsonl": [pair(p) for p in held_out[:200]]}
-    os.makedirs(folder, exist_ok=True)
-    for name, content in files.items():
-        if not isinstance(content, str):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        write_whole(os.path.join(folder, name), content.encode())
+             "pairs.jsonl": [pair(p) for p, _ in shown], "pairs_valid.jsonl": map(pair, held_out[:200])}
+    for name, rows in files.items():
+        write_whole(os.path.join(folder, name), "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_whole(os.path.join(folder, "base.txt"), "<|endoftext|>".join(documents).encode())
 
 
 def write_whole(path: str, content: bytes) -> None:   # twin: grpo.py
     """All of it or nothing: to a temporary name first, then renamed."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
         file.write(content)
         file.flush()
@@ -443,44 +423,40 @@ def write_whole(path: str, content: bytes) -> None:   # twin: grpo.py
     os.replace(f"{path}.tmp", path)
 
 
-def make_base(folder: str, seed: int, steps: int = 800, log: Callable[[str], None] = print) -> None:
-    """The embedded base model, a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
+def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = print) -> None:
+    """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
 
-    Numbers are single digits to the tokenizer (it is trained on the text without them), as in Llama 2 and Qwen2.5; the
-    tags of the format are special tokens.
+    It reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single digits
+    to the tokenizer (it is trained on text without them), as in Llama 2 and Qwen2.5; the format's tags are special tokens.
     """
     import bpe
     import model as model_py
     import optim
     import train
-    data = os.path.join(folder, "data")
-    train.gather_corpus(os.path.join(folder, "corpus"))
-    with open(os.path.join(folder, "corpus", "train.txt"), encoding="utf-8") as file:
-        corpus = file.read(150_000)
-    write_arithmetic(data, seed, corpus.replace("<|endoftext|>", "\n"))
+    data, corpus = os.path.join(folder, "data"), "out/corpus/train.txt"
+    if not os.path.exists(corpus):
+        train.gather_corpus("out/corpus")
+    with open(corpus, encoding="utf-8") as file:
+        write_arithmetic(data, seed, file.read(150_000).replace("<|endoftext|>", "\n"))
     with open(os.path.join(data, "base.txt"), encoding="utf-8") as file:
         text = file.read()
-    words = re.sub(r" ?\d+", "\n", text + "User: Assistant: I know this." * 500 + ALPACA_TEMPLATE.format(prompt="", response="So ") * 500)
-    write_whole(os.path.join(data, "words.txt"), words.encode())
+    frames = "User: Assistant: I know this. So " + ALPACA_TEMPLATE.format(prompt="", response="")
+    write_whole(os.path.join(data, "words.txt"), re.sub(r" ?\d+", "\n", text + frames * 500).encode())
     special_tokens = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
-    vocab, merges = bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens)
-    tokenizer = bpe.Tokenizer(vocab, merges, special_tokens)
-    tokens = np.array(tokenizer.encode(text), dtype=np.uint16)
-    config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, min_lr=3e-4, warmup_steps=50,
-                               eval_every=steps, log_every=100, checkpoint_every=0, seed=seed)
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens), special_tokens)
+    tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32).numpy()
+    config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, eval_every=steps, log_every=100,
+                               checkpoint_every=0, seed=seed)
     torch.manual_seed(seed)
-    lm = model_py.TransformerLM(model_py.ModelConfig(vocab_size=512, context_length=256, d_model=128, num_layers=3, num_heads=4),
-                                attention=model_py.sdpa_attention)
-    optimizer = optim.AdamW(lm.parameters(), lr=config.max_lr, betas=(config.beta1, config.beta2), weight_decay=0.1)
-    cut = len(tokens) - 20_000
-    train.train(lm, optimizer, tokens[:cut], tokens[cut:], config, clip=optim.clip_grad_norm_, log=log,
-                schedule=lambda step: optim.cosine_lr(step, config.max_lr, config.min_lr, config.warmup_steps, steps))
-    model_py.save_hf(lm, folder, tokenizer)
+    model = model_py.TransformerLM(model_py.ModelConfig(vocab_size=512, context_length=256, d_model=128, num_layers=3,
+                                                        num_heads=4), attention=model_py.sdpa_attention)
+    optimizer = optim.AdamW(model.parameters(), lr=config.max_lr, betas=(0.9, 0.95), weight_decay=0.1)
+    train.train(model, optimizer, tokens[:-20_000], tokens[-20_000:], config, clip=optim.clip_grad_norm_, log=log,
+                schedule=lambda step: optim.cosine_lr(step, config.max_lr, config.max_lr / 10, steps // 16, steps))
+    model_py.save_hf(model, folder, tokenizer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: prompts in, graded answers out, with either engine
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- evaluation: prompts in, graded answers out
 
 REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and </think>, the "
                       "result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
@@ -488,19 +464,19 @@ MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply wi
                  "with A, B, C or D in place of the blank.\n\nQuestion: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
 
 
-def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable[[str], str | None] | None = None) -> list[dict]:
+def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable[[str], str | None] = lambda s: None) -> list[dict]:
     """{"prompt", "answer", "response"} from JSON lines of any of these forms: our own {"prompt", "answer"}; GSM8K's
-    {"question", "answer": "... #### 42"}; MATH's {"problem", "solution"}, whose answer is the last \\boxed{} (found by
-    `boxed`) unless {"answer"} states it. `response` is the worked solution in the think/answer format, if there is one."""
+    {"question", "answer": "... #### 42"}; MATH's {"problem", "solution"}, whose answer is {"answer"} or the last \\boxed{}
+    (found by `boxed`). `response` is the worked solution in the think/answer format."""
     problems = []
     for number, row in enumerate(read_json_lines(path), 1):
-        if isinstance(row.get("prompt"), str):
-            problems.append(row)
+        if isinstance(row.get("prompt"), str) and ("answer" in row or "response" in row):
+            problems.append({"answer": ""} | row)
             continue
-        question, steps = row.get("question", row.get("problem")), row.get("solution", row.get("answer"))
-        answer = row.get("answer", boxed(row["solution"]) if boxed and isinstance(row.get("solution"), str) else None)
+        question, steps, answer = row.get("question", row.get("problem")), row.get("solution", ""), row.get("answer")
         if isinstance(answer, str) and "####" in answer:
             steps, _, answer = (part.strip() for part in re.sub(r"<<[^>]*>>", "", answer).rpartition("####"))
+        answer = boxed(steps) if answer is None else answer
         if not isinstance(question, str) or answer is None:
             raise ValueError(f"{path}, example {number}: has {sorted(row)}; expected prompt and answer, question and answer "
                              "(GSM8K), or problem and solution with a \\boxed{} answer (MATH)")
@@ -510,80 +486,73 @@ def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable
 
 
 def read_mmlu(path: str) -> list[dict]:
-    """The questions of MMLU's CSV files (question, four options, letter), of one file or of a folder of them."""
+    """The questions of MMLU's CSV files (question, four options, letter): one file, or a folder of them."""
     problems = []
     for file in sorted(Path(path).rglob("*.csv")) if os.path.isdir(path) else [Path(path)]:
         subject = re.sub(r"_(dev|val|test)$", "", file.stem).replace("_", " ")
         with open(file, encoding="utf-8", newline="") as lines:
             for row in csv.reader(lines):
-                if len(row) != 6 or row[5].strip() not in "ABCD":
+                if len(row) != 6 or row[5].strip() not in tuple("ABCD"):
                     raise ValueError(f"{file}: expected question, four options and a letter A to D in each row, got {row}")
                 prompt = MMLU_TEMPLATE.format(subject=subject, question=row[0], **dict(zip("abcd", row[1:5])))
-                problems.append({"prompt": prompt, "answer": row[5].strip(), "subject": subject, "options": row[1:5]})
+                problems.append({"prompt": prompt, "answer": row[5].strip(), "options": row[1:5]})
     if not problems:
         raise ValueError(f"{path} holds no MMLU questions")
     return problems
 
 
-def gsm8k_reward(response: str, ground_truth: str) -> dict[str, float]:
-    """The last number of the response against the truth; the format is right if there is a number at all."""
-    number = parse_gsm8k_response(response)
-    right = number is not None and Fraction(number) == Fraction(str(ground_truth).replace(",", ""))
-    return {"reward": float(right), "format_reward": float(number is not None), "answer_reward": float(right)}
+def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str], bool]) -> Callable:
+    """A reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the truth."""
+    def reward(response: str, truth: str) -> dict[str, float]:
+        answer = parse(response)
+        right = float(answer is not None and same(answer, truth))
+        return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
+    return reward
 
 
-def mmlu_reward(response: str, ground_truth: str) -> dict[str, float]:
-    letter = parse_mmlu_response({}, response)
-    return {"reward": float(letter == ground_truth), "format_reward": float(letter is not None),
-            "answer_reward": float(letter == ground_truth)}
+gsm8k_reward = parsed_reward(parse_gsm8k_response, lambda a, b: Fraction(a) == Fraction(str(b).replace(",", "")))
+mmlu_reward = parsed_reward(lambda response: parse_mmlu_response({}, response), lambda a, b: a == b)
 
 
 def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None, path: str | None = None,
                     show: int = 0, log: Callable[[str], None] = print, **settings) -> dict[str, float]:
-    """Answer the problems, grade them, and keep a record of each.
+    """Answer the problems, grade the answers, and keep a record of each.
 
-    Args: engine.generate as in grpo.py; settings go to it (max_tokens, temperature, stop, seed). model: scores the entropy.
-    path: takes a JSON line an answer: prompt, response, truth, the three rewards, mean entropy, length.
+    Args: engine.generate as in grpo.py, given `settings` (max_tokens, temperature, stop, seed). model: scores the entropy.
+    path: takes a JSON line an answer: prompt, response, truth, the three rewards, length, mean entropy.
     show: prints so many examples of each outcome.
-    Returns: accuracy; format; counts of (format, answer) rewards (1,1), (1,0), (0,0); mean entropy in nats per token; mean
-    length in tokens of all, right and wrong answers (NaN where there are none); examples_per_second of generation.
+    Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean length in
+    tokens of all, right and wrong answers, where there are any; examples_per_second of generation.
     """
-    started = time.perf_counter()
-    prompt_ids = [encode(tokenizer, p["prompt"]) for p in problems]
+    started, prompt_ids = time.perf_counter(), [encode(tokenizer, p["prompt"]) for p in problems]
     answers = engine.generate(prompt_ids, **settings)
     seconds = time.perf_counter() - started
     rows = [{"prompt": p["prompt"], "response": a.text, "truth": p["answer"], **reward_fn(a.text, p["answer"]),
              "length": len(a.ids)} for p, a in zip(problems, answers)]
     for start in range(0, len(rows) if model is not None else 0, 64):
-        device = next(model.parameters()).device
         part = slice(start, start + 64)
-        batch = {k: v.to(device) for k, v in collate(prompt_ids[part], [a.ids for a in answers[part]],
-                                                     end_of_text_id(tokenizer)).items()}
+        batch = collate(prompt_ids[part], [a.ids for a in answers[part]], end_of_text_id(tokenizer))
+        ids, labels, masks = (x.to(next(model.parameters()).device) for x in batch.values())
         with torch.no_grad():
-            entropy = get_response_log_probs_chunked(model, batch["input_ids"], batch["labels"], True, batch["response_mask"])
-        for row, value, mask in zip(rows[part], entropy["token_entropy"], batch["response_mask"]):
-            row["entropy"] = (value.sum() / mask.sum()).item()
+            entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
+        for row, entropy, mask in zip(rows[part], entropies, masks):
+            row["entropy"] = (entropy.sum() / mask.sum()).item()
     if path:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    outcome = {(1, 1): [], (1, 0): [], (0, 0): []}
-    for row in rows:
-        outcome[int(row["format_reward"]), int(row["answer_reward"])].append(row)
-    for (form, right), members in outcome.items():
+    kinds = {kind: [r for r in rows if f"{r['format_reward']:.0f}{r['answer_reward']:.0f}" == kind] for kind in ("11", "10", "00")}
+    for kind, members in kinds.items():
         for row in members[:show]:
-            log(f"  format {form}, answer {right}: {row['prompt'][-160:]!r} -> {row['response'][:240]!r} (truth {row['truth']})")
-    def mean(key, members):
-        values = [row[key] for row in members if key in row]
-        return sum(values) / len(values) if values else math.nan
-    summary = {"accuracy": mean("answer_reward", rows), "format": mean("format_reward", rows),
-               **{f"count_{f}{r}": len(members) for (f, r), members in outcome.items()},
-               "entropy": mean("entropy", rows), "length": mean("length", rows), "length_right": mean("length", outcome[1, 1]),
-               "length_wrong": mean("length", outcome[1, 0] + outcome[0, 0]), "examples_per_second": len(rows) / seconds}
-    return {k: v for k, v in summary.items() if not (isinstance(v, float) and math.isnan(v))}
+            log(f"  format {kind[0]}, answer {kind[1]}: {row['prompt'][-160:]!r} -> {row['response'][:240]!r}, truth {row['truth']}")
+    summary = {f"count_{kind}": len(members) for kind, members in kinds.items()} | {"examples_per_second": len(rows) / seconds}
+    for name, key, members in (("accuracy", "answer_reward", rows), ("format", "format_reward", rows), ("entropy", "entropy", rows),
+                               ("length", "length", rows), ("length_right", "length", kinds["11"]),
+                               ("length_wrong", "length", kinds["10"] + kinds["00"])):
+        if members and key in members[0]:
+            summary[name] = sum(row[key] for row in members) / len(members)
+    return summary
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One loop for the three ways of tuning
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- one loop for the three ways of tuning
 
 
 @dataclass(frozen=True)
@@ -596,46 +565,45 @@ class TuneConfig:
     warmup_share: float = 0.03
     clip_norm: float = 1.0
     eval_every: int = 0                  # steps; 0: at the end only
-    keep_best: str = ""                  # keep the weights with the highest of this number of the evaluation
+    keep_best: str = ""                  # end with the weights that had the highest of this number of the evaluation
     seed: int = 0
 
 
 def fine_tune(model, optimizer, examples: list, micro_step: Callable, config: TuneConfig, *, schedule: Callable, clip: Callable,
-              evaluate: Callable[[], dict] | None = None, log: Callable[[str], None] = print) -> dict[str, float]:
-    """Gradient accumulation, clipping, a schedule, evaluation; what an example is, micro_step alone knows.
+              evaluate: Callable[[], dict] = dict, log: Callable[[str], None] = print) -> dict[str, float]:
+    """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. What an example is, micro_step alone knows.
 
-    micro_step(examples, accumulation_steps) -> loss, after its backward pass. schedule(step, total) -> learning rate.
-    Micro-batches may be unequal: each is told batch / its own size, so that their sum is the batch's mean.
-    Returns: the last (or best) evaluation, with "loss" of the last step.
+    micro_step(examples, accumulation_steps) -> its share of the loss, after its backward pass. It is told batch size / its
+    own size, so that unequal micro-batches too add up to the batch's mean. schedule(step, total) -> learning rate.
+    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError for a loss that is not finite.
     """
-    per_epoch = max(1, len(examples) // config.batch_size)
-    total, best, result = max(1, round(config.epochs * per_epoch)), None, {}
+    per_epoch, best, result = max(1, len(examples) // config.batch_size), None, {}
+    total, started = max(1, round(config.epochs * per_epoch)), time.perf_counter()
     for step in range(total):
         epoch, at = divmod(step, per_epoch)
-        order = list(range(len(examples)))
-        random.Random(f"{config.seed} {epoch}").shuffle(order)
-        batch = [examples[i] for i in order[at * config.batch_size:(at + 1) * config.batch_size]]
+        order = random.Random(f"{config.seed} {epoch}").sample(examples, len(examples))
+        batch = order[at * config.batch_size:(at + 1) * config.batch_size]
         for group in optimizer.param_groups:
             group["lr"] = schedule(step, total)
-        loss, began = 0.0, time.perf_counter()
+        loss = 0.0
         for start in range(0, len(batch), config.micro_batch_size):
             part = batch[start:start + config.micro_batch_size]
             loss += float(micro_step(part, len(batch) / len(part)))
+        if not math.isfinite(loss):
+            raise ValueError(f"step {step + 1} has loss {loss}; lower the learning rate")
         norm = float(clip([p for p in model.parameters() if p.grad is not None], config.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if not math.isfinite(loss):
-            raise ValueError(f"step {step + 1} has loss {loss}; lower the learning rate ({schedule(step, total):.1e})")
-        last = step + 1 == total
+        last, shown = step + 1 == total, {}
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            result = {"loss": loss, **(evaluate() if evaluate else {})}
+            shown = evaluate()
+            result = {"loss": loss, **shown}
             if config.keep_best and (best is None or result[config.keep_best] > best[0][config.keep_best]):
                 best = (result, copy.deepcopy(model.state_dict()))
-        if last or (step + 1) % 10 == 0 or "accuracy" in result and config.eval_every and (step + 1) % config.eval_every == 0:
-            shown = {k: v for k, v in result.items() if k != "loss"} if last or (
-                config.eval_every and (step + 1) % config.eval_every == 0) else {}
+        if last or shown or (step + 1) % 10 == 0:
+            speed = (step + 1) * config.batch_size / (time.perf_counter() - started)
             log(" | ".join([f"step {step + 1}/{total}", f"loss {loss:.4f}", f"lr {schedule(step, total):.1e}", f"gnorm {norm:.2f}",
-                            f"{len(batch) / (time.perf_counter() - began):.0f} examples/s"] + [f"{k} {v:.3f}" for k, v in shown.items()]))
+                            f"{speed:.0f} examples/s"] + [f"{key} {value:.3f}" for key, value in shown.items()]))
     if best:
         result = best[0]
         model.load_state_dict(best[1])
@@ -643,22 +611,21 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, config: Tu
 
 
 def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
-    """micro_step for {"prompt", "response"}; the response is followed by end of text unless it ends in </answer>."""
-    device = next(model.parameters()).device
+    """micro_step for {"prompt", "response"}; the prompt is read, the response learned."""
     def step(examples: list[dict], accumulation_steps: float) -> Tensor:
         batch = tokenize_prompt_and_output([e["prompt"] for e in examples], [e["response"] for e in examples], tokenizer)
-        batch = {key: value.to(device) for key, value in batch.items()}
-        log_probs = get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
-        return sft_microbatch_train_step(log_probs, batch["response_mask"], accumulation_steps, normalize_constant)[0]
+        ids, labels, mask = (x.to(next(model.parameters()).device) for x in batch.values())
+        log_probs = get_response_log_probs(model, ids, labels)["log_probs"]
+        return sft_microbatch_train_step(log_probs, mask, accumulation_steps, normalize_constant)[0]
     return step
 
 
 def packed_micro_step(model) -> Callable:
     """micro_step for the items of a PackedDataset: the mean over all their labels."""
-    device = next(model.parameters()).device
     def step(items: list[dict], accumulation_steps: float) -> Tensor:
-        batch = {key: torch.stack([item[key] for item in items]).to(device) for key in ("input_ids", "labels")}
-        loss = -get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"].mean() / accumulation_steps
+        ids, labels = (torch.stack([item[key] for item in items]).to(next(model.parameters()).device)
+                       for key in ("input_ids", "labels"))
+        loss = -get_response_log_probs(model, ids, labels)["log_probs"].mean() / accumulation_steps
         loss.backward()
         return loss.detach()
     return step
@@ -667,127 +634,104 @@ def packed_micro_step(model) -> Callable:
 def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
     """micro_step for {"prompt", "chosen", "rejected"}."""
     def step(pairs: list[dict], accumulation_steps: float) -> Tensor:
-        loss = dpo_loss(model, reference, tokenizer, beta, *([p[k] for p in pairs] for k in ("prompt", "chosen", "rejected")))
-        (loss / accumulation_steps).backward()
-        return loss.detach() / accumulation_steps
+        loss = dpo_loss(model, reference, tokenizer, beta, *columns(pairs)) / accumulation_steps
+        loss.backward()
+        return loss.detach()
     return step
+
+
+def columns(pairs: list[dict]) -> list[list[str]]:
+    return [[pair[key] for pair in pairs] for key in ("prompt", "chosen", "rejected")]
 
 
 @torch.no_grad()
 def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 16) -> float:
-    """Share of pairs whose chosen response the policy finds likelier than the rejected one."""
-    margins = [preference_margin(model, tokenizer, *([p[k] for p in pairs[i:i + batch_size]] for k in ("prompt", "chosen", "rejected")))
-               for i in range(0, len(pairs), batch_size)]
+    """Share of the pairs whose chosen response the policy finds likelier than the rejected one."""
+    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + batch_size])) for i in range(0, len(pairs), batch_size)]
     return (torch.cat(margins) > 0).double().mean().item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Explain, check, time, run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- explain, check, time, run
 
 
 class ToyModel(torch.nn.Module):
-    """The least that has the interface of a language model: a token's hidden state is its embedding."""
+    """The least that has a language model's interface: the hidden state of a token is its embedding."""
 
-    def __init__(self, vocab_size: int = 11, width: int = 8):
+    def __init__(self, vocab_size: int, width: int):
         super().__init__()
-        self.embedding, self.lm_head = torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False)
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        return self.embedding(ids)
+        self.hidden = torch.nn.Embedding(vocab_size, width)
+        self.lm_head = torch.nn.Linear(width, vocab_size, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.lm_head(self.hidden(ids))
 
 
-def explain() -> None:
-    """A batch of two, with its labels and mask, and what the losses divide by."""
-    batch = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0)
+def self_check(seed: int = 0) -> float:
+    """Walks through a batch of two, and returns the largest difference between plain and chunked log-probs and gradients.
+
+    Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 5e-7, a wrong mask is wrong by nats.
+    """
+    torch.manual_seed(seed)
+    batch, model = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0), ToyModel(11, 8)
+    ids, labels, mask = batch.values()
     print("prompts [1 2 3] and [1], outputs [4 5] and [6 7], padded with 0, labels shifted by one:")
     for key, value in batch.items():
         print(f"  {key:14s} {value.int().tolist()}")
-    torch.manual_seed(0)
-    scored = get_response_log_probs(ToyModel(), batch["input_ids"], batch["labels"], True)
-    sums = masked_normalize(scored["log_probs"], batch["response_mask"], dim=-1)
-    print(f"log p of the responses: {[round(x, 3) for x in sums.tolist()]} nats, summed under the mask (ln 11 a token would be "
-          f"{-2 * math.log(11):.3f})")
-    print(f"SFT loss: minus their mean over the 2 examples, {-sums.mean():.3f}; divided once more by the accumulation steps")
-    policy, reference = torch.tensor(-3.0 + 5.0), torch.tensor(-4.0 + 4.5)
-    print(f"DPO: margin {policy:.1f} of the policy, {reference:.1f} of the reference, beta 0.1: loss "
-          f"{-F.logsigmoid(0.1 * (policy - reference)):.4f} = -log sigmoid(0.1 * 1.5); ln 2 = 0.6931 where they agree")
-
-
-def self_check(seed: int = 0) -> float:
-    """Chunked and plain log-probs, entropies and gradients agree, and masks count what they should.
-
-    Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 1e-6, a wrong mask is wrong by nats."""
-    torch.manual_seed(seed)
-    model, worst = ToyModel(), 0.0
-    batch = collate([[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 1, 2], [3]], pad_id=0)
-    ids, labels, mask = batch["input_ids"], batch["labels"], batch["response_mask"]
-    assert mask.sum(-1).tolist() == [2, 4, 1] and labels[mask].tolist() == [7, 8, 9, 10, 1, 2, 3], "the mask is not on the output"
+    assert labels[mask].tolist() == [4, 5, 6, 7], "the mask is not on the output"
     plain = get_response_log_probs(model, ids, labels, True)
-    fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=2)
-    for key in plain:
-        worst = max(worst, (plain[key].masked_fill(~mask, 0) - fast[key]).abs().max().item())
+    fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=3)
+    sums = masked_normalize(plain["log_probs"], mask, dim=-1)
+    print(f"log p of the outputs: {sums[0]:.3f} and {sums[1]:.3f} nats, summed under the mask (uniform: {-2 * math.log(11):.3f})")
+    worst = max((plain[key].masked_fill(~mask, 0) - fast[key]).abs().max().item() for key in plain)
     grads = [torch.autograd.grad(s["log_probs"][mask].sum(), list(model.parameters())) for s in (plain, fast)]
-    worst = max(worst, max((a - b).abs().max().item() for a, b in zip(*grads)))
+    worst = max([worst] + [(a - b).abs().max().item() for a, b in zip(*grads)])
     leaf = plain["log_probs"].detach().requires_grad_()
-    loss, _ = sft_microbatch_train_step(leaf, mask, 2, 3.0)
-    worst = max(worst, abs(loss.item() + plain["log_probs"][mask].sum().item() / (3 * 3.0 * 2)))
-    assert (leaf.grad != 0).equal(mask), "the gradient is not on the output alone"
+    loss, _ = sft_microbatch_train_step(leaf, mask, 4)
+    assert abs(loss.item() + sums.mean().item() / 4) < 1e-6 and (leaf.grad != 0).equal(mask), "the SFT loss is wrong"
+    print(f"SFT loss: minus their mean over 2 examples, {-sums.mean():.3f}; divided by 4 accumulation steps, {loss:.3f}")
+    print(f"DPO: margins 2.0 (policy) and 0.5 (reference), beta 0.1: -log sigmoid(0.15) = "
+          f"{-F.logsigmoid(torch.tensor(0.15)):.4f}; where they agree, ln 2 = 0.6931")
     assert worst < 1e-6, f"chunked and plain differ by {worst:.1e}"
     return worst
 
 
 def bench(repeats: int = 5) -> None:
-    """Median milliseconds and peak size of log-probs with backward, plain and chunked, at a vocabulary of 32,000."""
-    model = ToyModel(32_000, 128)
-    ids = torch.randint(32_000, (4, 256), generator=torch.Generator().manual_seed(0))
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, 128:] = True
-    for name, f in [("plain, (4, 256, 32000) logits", lambda: get_response_log_probs(model, ids, ids)["log_probs"]),
-                    ("chunked, half of them masked", lambda: get_response_log_probs_chunked(model, ids, ids, False, mask, 128)["log_probs"])]:
+    """Median milliseconds of log-probs and their backward pass, plain and chunked, at a vocabulary of 32,000."""
+    model, ids = ToyModel(32_000, 128), torch.arange(1024).view(4, 256)
+    mask = (ids % 256 >= 128)
+    for name, f in [("plain, (4, 256, 32000) logits", lambda: get_response_log_probs(model, ids, ids)),
+                    ("chunked, half of it prompt", lambda: get_response_log_probs_chunked(model, ids, ids, False, mask, 128))]:
         times = []
-        for _ in range(repeats + 1):                                  # the first is a warm-up
-            t = time.perf_counter()
-            f()[mask].sum().backward()
-            times.append((time.perf_counter() - t) * 1e3)
-        times = sorted(times[1:])
-        print(f"{name:32s} {times[len(times) // 2]:8.1f} ms  (min {times[0]:.1f}, max {times[-1]:.1f})")
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            f()["log_probs"][mask].sum().backward()
+            times.append((time.perf_counter() - started) * 1e3)
+        times = sorted(times[1:])                                       # the first was a warm-up
+        print(f"{name:30s} {times[len(times) // 2]:8.1f} ms  (min {times[0]:.1f}, max {times[-1]:.1f})")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("action", nargs="?", default="sft", choices=["sft", "instruct", "dpo", "eval"])
+    add("action", nargs="?", default="sft", choices=list(DEFAULTS))
     add("--model", help="Hugging Face folder (default: the embedded one of this seed, made if missing)")
-    add("--data", help="JSON lines; default the embedded task's")
-    add("--valid", help="held-out problems (sft) or pairs (dpo)")
-    add("--out", help="folder for the tuned model")
+    add("--data", help="default: the embedded task's")
+    add("--valid", help="held-out problems (sft) or pairs (dpo); dpo without them holds out every tenth pair")
+    add("--out", help="folder for the tuned model, or file for eval's answers")
     add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"], help="for eval")
     add("--engine", default="torch", choices=["torch", "vllm"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--epochs", type=float)
-    add("--batch-size", type=int)
-    add("--micro-batch-size", type=int, default=32)
-    add("--lr", type=float)
-    add("--beta", type=float, default=0.1, help="of DPO")
-    add("--seq-length", type=int, default=128, help="of packed chunks")
-    add("--max-tokens", type=int, default=64)
-    add("--temperature", type=float, default=1.0)
-    add("--limit", type=int, default=256, help="problems to evaluate on")
-    add("--eval-every", type=int, default=0)
-    add("--base-steps", type=int, default=800)
-    add("--seed", type=int, default=0)
-    add("--explain", action="store_true")
+    for name, kind, default in (("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
+                                ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
+                                ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 600), ("seed", int, 0)):
+        add("--" + name, type=kind, default=default)
+    add("--explain", action="store_true", help="walk through a tiny batch and check the file")
     add("--bench", action="store_true")
     args = parser.parse_args(argv)
     try:
         if args.bench:
             bench()
         elif args.explain:
-            explain()
             print(f"chunked = plain to {self_check(args.seed):.1e}  OK")
         else:
             run(args)
@@ -797,90 +741,86 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),       # model, data, held-out data, epochs, learning rate
+            "instruct": ("base", "instructions.jsonl", "", 2, 1e-3),
+            "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4), "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
+
+
 def run(args: argparse.Namespace) -> None:
-    """The actions that need the sibling files."""
+    """What needs the sibling files."""
     import bpe
     import grpo
     import model as model_py
     import optim
-    home = f"out/arithmetic-{args.seed}"
-    defaults = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 32, 1e-3), "instruct": ("base", "instructions.jsonl", None, 2, 32, 1e-3),
-                "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 32, 1e-5), "eval": ("sft", "valid.jsonl", None, 0, 1, 0.0)}
-    folder, data, valid, epochs, batch_size, lr = defaults[args.action]
-    source = args.model or f"{home}/{folder}"
-    data, valid = args.data or f"{home}/base/data/{data}", args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
-    out = args.out or f"{home}/{args.action}"
+    home, (folder, data, valid, epochs, lr) = f"out/arithmetic-{args.seed}", DEFAULTS[args.action]
     if not args.model and not os.path.exists(f"{home}/base/config.json"):
-        print(f"training the base model {home}/base from scratch")
+        print(f"{home}/base: training the base model from scratch")
         make_base(f"{home}/base", args.seed, args.base_steps)
+    source, out = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}"
+    valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
+    data = args.data or f"{home}/base/data/{data}"
     model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer))
-    settings = dict(max_tokens=args.max_tokens, min_tokens=1, stop=["</answer>"], seed=args.seed)
-    config = TuneConfig(epochs=args.epochs or epochs, batch_size=args.batch_size or batch_size, lr=args.lr or lr, seed=args.seed,
-                        micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, keep_best="accuracy" if args.action == "dpo" else "")
-
-    def schedule(step, total):
-        return optim.cosine_lr(step, config.lr, config.lr / 10, round(config.warmup_share * total), total)
-
-    def held_out(temperature=args.temperature, **options):
-        problems = read_problems(valid, boxed=grpo.balanced_box)[:args.limit]
-        engine.sync(model)
-        return log_generations(engine, tokenizer, problems, grpo.r1_zero_reward, model=model, temperature=temperature, **settings, **options)
-    common = dict(schedule=schedule, clip=optim.clip_grad_norm_)
-    if args.action == "sft":
+    settings = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
+    config = TuneConfig(epochs=args.epochs or epochs, batch_size=args.batch_size, lr=args.lr or lr, seed=args.seed,
+                        micro_batch_size=args.micro_batch_size, eval_every=args.eval_every)
+    optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    tune = functools.partial(fine_tune, clip=optim.clip_grad_norm_, schedule=lambda step, total: optim.cosine_lr(
+        step, config.lr, config.lr / 10, round(config.warmup_share * total), total))
+    if args.action == "eval":
+        result = evaluate_task(args, engine, tokenizer, model, data, settings, grpo)
+    elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
+        held_out = read_problems(valid, boxed=grpo.balanced_box)[:args.limit] if valid else []
+
+        def evaluate(temperature: float = args.temperature, **options) -> dict:
+            engine.sync(model)
+            return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, temperature=temperature,
+                                   stop=["</answer>"], **settings, **options) if held_out else {}
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
-        optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        result = fine_tune(model, optimizer, examples, sft_micro_step(model, tokenizer, mean_length), config,
-                           evaluate=held_out if valid else None, **common)
-        if valid:
-            result = held_out(path=f"{out}-generations.jsonl", show=2) | {"greedy": held_out(temperature=0.0)["accuracy"]}
+        result = tune(model, optimizer, examples, sft_micro_step(model, tokenizer, mean_length), config,
+                      evaluate=lambda: evaluate(path=f"{out}/generations.jsonl", show=1))
+        if held_out:
+            result["greedy"] = evaluate(0.0)["accuracy"]
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
-        optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-        result = fine_tune(model, optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model), config, **common)
-    elif args.action == "dpo":
-        pairs, held = read_hh_pairs(data), read_hh_pairs(valid) if valid else None
-        if held is None:                                              # every tenth pair judges, and is not learned from
-            pairs, held = [p for i, p in enumerate(pairs) if i % 10], pairs[::10]
-        reference = copy.deepcopy(model).requires_grad_(False)
-        print(f"preference accuracy before: {preference_accuracy(model, tokenizer, held):.3f}")
-        optimizer = torch.optim.RMSprop(model.parameters(), lr=config.lr)
-        result = fine_tune(model, optimizer, pairs, dpo_micro_step(model, reference, tokenizer, args.beta), config,
-                           evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held)}, **common)
+        result = tune(model, optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model), config)
     else:
-        result = evaluate_task(args, engine, tokenizer, model, data, settings, grpo)
+        pairs, held_out = read_hh_pairs(data), read_hh_pairs(valid) if valid else []
+        if not valid:
+            pairs, held_out = [p for i, p in enumerate(pairs) if i % 10], pairs[::10]
+        reference = copy.deepcopy(model).requires_grad_(False)
+        print(f"preference accuracy before: {preference_accuracy(model, tokenizer, held_out):.3f}")
+        result = tune(model, torch.optim.RMSprop(model.parameters(), lr=config.lr), pairs,
+                      dpo_micro_step(model, reference, tokenizer, args.beta), replace(config, keep_best="accuracy"),
+                      evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held_out)})
     if args.action != "eval":
         model_py.save_hf(model, out, tokenizer)
         print(f"wrote {out}")
     print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
 
 
-def evaluate_task(args, engine, tokenizer, model, data, settings, grpo) -> dict[str, float]:
+def evaluate_task(args, engine, tokenizer, model, data: str, settings: dict, grpo) -> dict[str, float]:
     """Zero-shot: answers to a file, graded where there is a truth."""
     out = args.out or f"out/eval-{args.task}.jsonl"
-    settings |= {"temperature": args.temperature, "stop": []}
-    if args.task in ("alpaca-eval", "safety"):
+    settings |= {"temperature": args.temperature, "stop": ["</answer>"] if args.task == "reasoning" else []}
+    if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file, in their benchmarks' forms
+        with open(data, encoding="utf-8", newline="") as file:
+            rows = (json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file)))[:args.limit]
+        key = "instruction" if args.task == "alpaca-eval" else "prompts_final"
+        if not rows or any(key not in row for row in rows):
+            raise ValueError(f"{data}: every entry needs {key!r}")
+        answers = engine.generate([encode(tokenizer, ALPACA_TEMPLATE.format(prompt=row[key], response="")) for row in rows], **settings)
+        rows = [{key: row[key], "output": answer.text} for row, answer in zip(rows, answers)]
         if args.task == "alpaca-eval":
-            with open(data, encoding="utf-8") as file:
-                rows = [{"instruction": row["instruction"], "dataset": row.get("dataset", "")} for row in json.load(file)][:args.limit]
-        else:
-            with open(data, encoding="utf-8", newline="") as file:
-                rows = [{"prompts_final": row["prompts_final"]} for row in csv.DictReader(file)][:args.limit]
-        prompts = [ALPACA_TEMPLATE.format(prompt=row.get("instruction", row.get("prompts_final")), response="") for row in rows]
-        answers = engine.generate([encode(tokenizer, p) for p in prompts], **settings)
-        for row, answer in zip(rows, answers):
-            row |= {"output": answer.text} | ({"generator": args.model} if args.task == "alpaca-eval" else {})
-        text = json.dumps(rows, indent=1) if args.task == "alpaca-eval" else "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(out, text.encode())
+            rows = [row | {"generator": args.model or "twelve", "dataset": "alpaca_eval"} for row in rows]
+        write_whole(out, (json.dumps(rows, indent=1) if args.task == "alpaca-eval" else "".join(json.dumps(r) + "\n" for r in rows)).encode())
         return {"answers": len(rows)}
     reward, template = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE), "boxed": (grpo.question_only_reward, "{question}"),
                         "gsm8k": (gsm8k_reward, "{question}\nAnswer:"), "mmlu": (mmlu_reward, "")}[args.task]
     problems = (read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box))[:args.limit]
-    if args.task == "reasoning":
-        settings["stop"] = ["</answer>"]
     return log_generations(engine, tokenizer, problems, reward, model=model, path=out, show=3, **settings)
 
 

@@ -106,7 +106,7 @@ def test_groups_without_signal_have_advantage_zero():
         for eps in (1e-6, 0.0):
             advantages, _, metadata = grpo.compute_group_normalized_rewards(
                 fixed_reward(rewards), [str(i) for i in range(len(rewards))], [0] * len(rewards), G, eps, True)
-            assert advantages.tolist() == [0.0] * len(rewards) and metadata["groups_without_signal"] == 1.0
+            assert advantages.tolist() == [0.0] * len(rewards) and metadata["no_signal"] == 1.0
 
 
 @pytest.mark.parametrize("responses, truths, group_size", [(["0"] * 3, [1] * 3, 2), ([], [], 2), (["0"] * 2, [1], 2),
