@@ -1,303 +1,226 @@
 """data_filter.py - from a raw web crawl to clean text.
 
-What:       WARC/WET archives in; HTML to text, language, quality rules, harm and quality classifiers, PII masking; JSON
-            lines out. Each step is a function of its own, in the order of the pipeline.
-Source:     WARC 1.1 (ISO 28500); WHATWG HTML 13.2.5 (tokenizer) and Encoding; Gopher, arXiv:2112.11446 A1.1;
-            C4, arXiv:1910.10683 2.2; FineWeb, arXiv:2406.17557 3.5; FastText, arXiv:1607.01759 and 1607.04606.
+What:       WARC and WET archives in; HTML to text, language, quality rules, harm and quality classifiers, personal data
+            masked; JSON lines out. Each step is a function of its own, in lecture order.
+Source:     WARC 1.1 (ISO 28500); WHATWG HTML 13.2.5 and Encoding 4.2; Gopher, arXiv:2112.11446 A1.1; C4,
+            arXiv:1910.10683 2.2; FineWeb, arXiv:2406.17557 3.6; FastText, arXiv:1607.01759 and 1607.04606.
+@DEVIATIONS@
 Copy:       this file alone; needs numpy. MIT.
-Run:        python data_filter.py                           # a walk through one page, then the self-check
-            python data_filter.py CRAWL.warc.gz --out DIR   # the pipeline
+@RUN@
 """
-import argparse
-import codecs
-import gzip
-import html
-import io
-import json
-import math
-import os
-import random
-import re
-import sys
-import time
-import zlib
+import argparse, ast, codecs, contextlib, functools, gzip, html, io, json, math, os, random, re, struct, sys, time
+import unicodedata, zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import Pool
+from pathlib import Path
 
 import numpy as np
 
-# ----------------------------------------------------------------------------------------------- 1. archives
-BLOCK, MAX_RECORD = 1 << 16, 1 << 26         # bytes read at a time; records above 64 MiB are stepped over, not held
+# ------------------------------------------------------------------------------------------------------ 1. archives
+BLOCK, MAX_RECORD = 1 << 16, 1 << 26         # bytes read at a time; longer records are stepped over, never held
 
 
 @dataclass(slots=True)
 class Record:
-    """One WARC record. `payload` is the HTTP body of a response, the block of every other record."""
+    """One WARC record. `payload` is the HTTP body of a response, the block of any other record."""
     kind: str                                # "response", "conversion" (WET), "warcinfo", "request", ...
     url: str
-    headers: dict[str, str]                  # WARC headers, names in lower case
+    headers: dict[str, str]                  # of the record, names in lower case; "warc-truncated" if the crawler cut it
+    payload: bytes
     status: int = 0                          # HTTP status, 0 where there is none
     http: dict[str, str] = field(default_factory=dict)
-    payload: bytes = b""
-    truncated: str = ""                      # WARC-Truncated: length, time, disconnect, ...
-    end: int = 0                             # bytes of the (compressed) file read so far
 
 
 class ByteStream:
-    """A file as bytes, gzip undone: `read(n)` and `readline()` give all that came before a fault; `error` names it."""
+    """A file as bytes, compression undone. All that comes before a fault can be read; `error` names the fault."""
 
-    def __init__(self, raw) -> None:
-        self.raw, self.error, self.position = raw, "", 0
-        self.ahead, self.buffer = raw.read(BLOCK), bytearray()
-        self.inflate = zlib.decompressobj(31) if self.ahead[:2] == b"\x1f\x8b" else None
+    def __init__(self, raw, wbits: int = 31) -> None:                # 31: gzip if it looks like it; 15: zlib; -15: deflate
+        self.raw, self.wbits, self.error, self.buffer, self.blocks = raw, wbits, "", bytearray(), self.unpack()
 
-    def fill(self) -> bool:
-        """Adds at least one byte to the buffer, or returns False at the end or at a fault."""
-        before = len(self.buffer)
-        while len(self.buffer) == before:
-            if not self.ahead:
-                self.ahead = self.raw.read(BLOCK)
-                self.position += len(self.ahead)
-            if self.error or not self.ahead:
-                if self.inflate and not self.error and not self.inflate.eof:
-                    self.buffer += self.inflate.flush()
-                    self.error = "truncated gzip member"
-                return len(self.buffer) > before
-            if not self.inflate:
-                self.buffer += self.ahead
-                self.ahead = b""
-            elif self.inflate.eof:                                   # next member; some writers pad with zeros
-                self.ahead = self.ahead.lstrip(b"\0")
-                if self.ahead:
-                    self.inflate = zlib.decompressobj(31)
-            else:
-                spare = self.inflate.copy()
+    def unpack(self) -> Iterator[bytes]:
+        block = self.raw.read(BLOCK)
+        packed = self.wbits != 31 or block[:2] == b"\x1f\x8b"
+        while block and not packed:
+            yield block
+            block = self.raw.read(BLOCK)
+        while block:                                                 # one gzip member: a record, or the whole file
+            unzip = zlib.decompressobj(self.wbits)
+            while not unzip.eof:
+                spare = unzip.copy()
                 try:
-                    self.buffer += self.inflate.decompress(self.ahead, 16 * BLOCK)
-                    self.ahead = self.inflate.unused_data if self.inflate.eof else self.inflate.unconsumed_tail
-                except zlib.error:                                   # keep what lies before the broken byte
+                    yield unzip.decompress(block, 16 * BLOCK)
+                except zlib.error:
                     self.error = "corrupt gzip member"
-                    for byte in self.ahead:
-                        try:
-                            self.buffer += spare.decompress(bytes((byte,)))
-                        except zlib.error:
-                            break
-        return True
+                    with contextlib.suppress(zlib.error):            # go up to the broken byte, byte by byte
+                        for byte in block:
+                            yield spare.decompress(bytes((byte,)))
+                    return
+                block = unzip.unconsumed_tail or (b"" if unzip.eof else self.raw.read(BLOCK))
+                if not block and not unzip.eof:
+                    self.error = "truncated gzip member"
+                    yield unzip.flush()
+                    return
+            block = (unzip.unused_data or self.raw.read(BLOCK)).lstrip(b"\0")      # some writers pad with zeros
+
+    def more(self) -> bool:
+        block = next(filter(None, self.blocks), b"")
+        self.buffer += block
+        return bool(block)
 
     def read(self, size: int, keep: bool = True) -> bytes:
-        parts, left = [], size
-        while left and (self.buffer or self.fill()):
-            piece = bytes(self.buffer[:left])
-            del self.buffer[:left]
-            left -= len(piece)
-            parts.append(piece if keep else b"")
+        parts = []
+        while size > 0 and (self.buffer or self.more()):
+            parts.append(bytes(self.buffer[:size]))
+            del self.buffer[:size]
+            size -= len(parts[-1])
+            parts = parts if keep else []
         return b"".join(parts)
 
-    def readline(self) -> bytes:
-        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) < BLOCK and self.fill():
+    def readline(self) -> bytes:                                     # a line longer than a block comes in pieces
+        while (end := self.buffer.find(b"\n")) < 0 and len(self.buffer) < BLOCK and self.more():
             pass
-        return self.read(end + 1 if end >= 0 else min(len(self.buffer), BLOCK))
+        return self.read(end + 1 or BLOCK)
 
 
 def open_source(source):
     """A path, "-" for stdin, an http(s) URL, or a binary file object."""
-    if hasattr(source, "read"):
-        return source
-    if source == "-":
-        return sys.stdin.buffer
     if str(source).startswith(("http://", "https://")):
         from urllib.request import urlopen
         return urlopen(source, timeout=60)
-    return open(source, "rb")
+    return source if hasattr(source, "read") else sys.stdin.buffer if source == "-" else open(source, "rb")
 
-
-def header_lines(lines: list[bytes]) -> dict[str, str]:
-    headers: dict[str, str] = {}
-    name = ""
-    for line in lines:
-        if line[:1] in b" \t" and name:                              # a folded header goes on
-            headers[name] += " " + line.strip().decode("utf-8", "replace")
-        elif b":" in line:
-            name, value = line.decode("utf-8", "replace").split(":", 1)
-            name = name.strip().lower()
-            headers[name] = value.strip()
-    return headers
-
-
-def inflate_body(body: bytes, wbits: int) -> bytes:
-    """Decompresses at most MAX_RECORD bytes; what came before a fault is kept; not compressed at all: as it is."""
-    stream, out = zlib.decompressobj(wbits), b""
-    try:
-        out = stream.decompress(body, MAX_RECORD)
-    except zlib.error:
-        stream = zlib.decompressobj(wbits)
-        try:
-            for at in range(0, len(body), 64):
-                out += stream.decompress(body[at:at + 64], MAX_RECORD)
-        except zlib.error:
-            pass
-    return out or body
-
-
-def dechunk(body: bytes) -> bytes:
-    """Undoes chunked transfer encoding where it is really there (RFC 9112, 7.1); else gives the body back."""
-    out, at = [], 0
-    while match := re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n").match(body, at):
-        size = int(match[1], 16)
-        at = match.end() + size
-        out.append(body[match.end():at])
-        if size == 0 or at >= len(body):
-            return b"".join(out)
-        at += 2 if body[at:at + 2] == b"\r\n" else 1
-    return b"".join(out) if out else body
-
+def parse_headers(block: bytes) -> dict[str, str]:
+    lines = re.sub(rb"\r?\n[ \t]+", b" ", block).decode("utf-8", "replace").split("\n")  # a folded header is one line
+    return {name.strip().lower(): value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 def http_body(head: dict[str, str], body: bytes) -> bytes:
-    """Common Crawl stores bodies plain and masks these headers as X-Crawler-*; other archives keep both."""
-    length = head.get("content-length", "")
-    if body[:2] == b"\r\n" and (length == str(len(body) - 2) or head.get("x-crawler-content-length")
-                                or body[2:4] == b"\x1f\x8b"):
-        body = body[2:]                                              # CC-MAIN-2018-34 has a stray CRLF here
-    if "chunked" in head.get("transfer-encoding", "").lower():
-        body = dechunk(body)
+    """Undoes chunks (RFC 9112, 7.1) and compression where they are really there.
+
+    Common Crawl stores bodies plain and masks these headers as X-Crawler-*; other archives keep both.
+    """
+    if body[:2] == b"\r\n" and (head.get("content-length") == str(len(body) - 2) or body[2:4] == b"\x1f\x8b"
+                                or "x-crawler-content-length" in head):
+        body = body[2:]                                              # CC-MAIN-2018-34 has a stray CRLF after the headers
+    chunks, at, chunk = [], 0, re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
+    while "chunked" in head.get("transfer-encoding", "").lower() and (match := chunk.match(body, at)):
+        at = match.end() + int(match[1], 16)
+        chunks.append(body[match.end():at])
+        at += 2 if body[at:at + 2] == b"\r\n" else 1
+        if not chunks[-1]:
+            break
+    body = b"".join(chunks) if chunks else body
     for coding in reversed(head.get("content-encoding", "").lower().replace(" ", "").split(",")):
-        if coding in ("gzip", "x-gzip") and body[:2] == b"\x1f\x8b":
-            body = inflate_body(body, 31)
-        elif coding == "deflate":
-            plain = inflate_body(body, 15)
-            body = inflate_body(body, -15) if plain is body else plain
+        for wbits in {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}.get(coding, ()):
+            if unpacked := ByteStream(io.BytesIO(body), wbits).read(MAX_RECORD):
+                body = unpacked
+                break
     return body
 
-
 def read_warc(source, warnings: Counter | None = None) -> Iterator[Record]:
-    """Streams the records of a WARC 1.0/1.1 or WET file: path, "-", URL or binary file; plain or gzip.
+    """Streams the records of a WARC 1.0/1.1 or WET file: path, "-", URL or binary file; plain or gzip; constant memory.
 
-    A fault ends the file: it is counted in `warnings` and every complete record before it has been yielded.
+    A fault ends the file: it is counted in `warnings`, and every complete record before it has been yielded.
     Example: for r in read_warc("CC-MAIN.warc.gz"): print(r.kind, r.url, r.status, len(r.payload))
     """
-    warnings = Counter() if warnings is None else warnings
-    raw = open_source(source)
-    try:
+    warnings, raw = Counter() if warnings is None else warnings, open_source(source)
+    with contextlib.nullcontext() if raw is source else raw:
         stream = ByteStream(raw)
         while line := stream.readline():
             if not line.strip(b"\r\n\0"):
                 continue
-            if not line.startswith(b"WARC/1."):
-                warnings["not a WARC record"] += 1
-                return
-            lines = []
-            while (line := stream.readline()).strip(b"\r\n"):
-                lines.append(line)
-            headers = header_lines(lines)
+            headers = parse_headers(b"\n".join(iter(lambda: stream.readline().rstrip(b"\r\n"), b"")))
             length = headers.get("content-length", "")
-            if not length.isdecimal():
-                warnings["no Content-Length"] += 1
-                return
+            if not line.startswith(b"WARC/1.") or not re.fullmatch("[0-9]{1,15}", length):
+                break
             if int(length) > MAX_RECORD:
                 warnings["record over 64 MiB stepped over"] += 1
                 stream.read(int(length), keep=False)
                 continue
             block = stream.read(int(length))
             if len(block) < int(length):
-                warnings[stream.error or "truncated record"] += 1
-                return
+                stream.error = stream.error or "truncated record"
+                break
             record = Record(headers.get("warc-type", "").lower(), headers.get("warc-target-uri", "").strip("<>"), headers,
-                            payload=block, truncated=headers.get("warc-truncated", ""), end=stream.position)
-            if record.kind in ("response", "request") and "http" in headers.get("content-type", ""):
+                            block)
+            if record.kind in ("response", "request") and re.match(rb"HTTP/|[A-Z]+ \S+ HTTP/", block[:9000]):
                 head, _, body = block.partition(b"\r\n\r\n")
-                first, *rest = head.split(b"\n")
-                status = first.split(b" ", 2)[1:2]
-                record.status = int(status[0]) if status and status[0].strip().isdigit() else 0
-                record.http = header_lines(rest)
+                record.http = parse_headers(head)
+                record.status = int((re.match(rb"HTTP/\S+ +([0-9]{3})", head) or (0, 0))[1])
                 record.payload = http_body(record.http, body)
             yield record
-        if stream.error:
-            warnings[stream.error] += 1
-    finally:
-        if raw is not source:
-            raw.close()
+    if line or stream.error:
+        warnings[stream.error or "not a WARC record"] += 1
 
 
-# ----------------------------------------------------------------------------------------------- 2. charset
+# ------------------------------------------------------------------------------------------------------- 2. charset
 # The web's labels mean the larger set (WHATWG Encoding 4.2).
-ALIASES = {"latin-1": "cp1252", "latin1": "cp1252", "iso-8859-1": "cp1252", "iso8859-1": "cp1252", "us-ascii": "cp1252",
-           "ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030", "x-gbk": "gb18030", "euc-kr": "cp949",
-           "ks_c_5601-1987": "cp949", "shift_jis": "cp932", "shift-jis": "cp932", "x-sjis": "cp932", "sjis": "cp932",
-           "big5": "big5hkscs", "iso-8859-9": "cp1254", "tis-620": "cp874", "iso-8859-11": "cp874",
-           "windows-874": "cp874", "utf8": "utf-8", "unicode": "utf-8", "utf-16": "utf-8"}
-# The commonest letters outside ASCII of what each charset is used for: the guess is the one that yields most of them.
-COMMON = {"gb18030": "的一是不了在有人我他这中大来上国个到说们为子和你地出道也时年",
-          "big5hkscs": "的一是不了在有人我他這中大來上國個到說們為子和你地出道也時年",
+ALIASES = {alias: real for real, names in {
+    "cp1252": "latin-1 latin1 iso-8859-1 iso8859-1 us-ascii ascii", "gb18030": "gb2312 gbk x-gbk", "big5hkscs": "big5",
+    "cp932": "shift_jis shift-jis x-sjis sjis", "cp949": "euc-kr ks_c_5601-1987", "cp874": "tis-620 iso-8859-11 windows-874",
+    "cp1254": "iso-8859-9", "utf-8": "utf8 unicode utf-16 utf-16le"}.items() for alias in names.split()}
+# The commonest letters outside ASCII of each charset's languages; the guess is the charset that yields most of them.
+COMMON = {"gb18030": "的一是不了在有人我他这中大来上国个到说们为子和你地出道也时年", "cp1251": "оеаинтсрвлкмдпуяы",
+          "big5hkscs": "的一是不了在有人我他這中大來上國個到說們為子和你地", "koi8_r": "оеаинтсрвлкмдпуяы", "cp1254": "ıışğüöçİâ",
           "cp932": "のにはをたがでてとしれさいるもなかっこ、。ー年日大", "euc_jp": "のにはをたがでてとしれさいるもなかっこ、。ー年日大",
-          "cp949": "이다는에의을고하가지로은를한기사리도인서어나자시", "cp1251": "оеаинтсрвлкмдпуяы", "koi8_r": "оеаинтсрвлкмдпуяы",
-          "cp1253": "αοιετσνηυρπκμλςάίό", "cp1255": "יוהלארתבמשנעםדק", "cp1256": "اليمونترةبعدفهس", "cp874": "านรอกเงมยลวดทส่้",
-          "cp1250": "ěščřžýáíéůłąęśżźćńóőűăţş", "cp1254": "ıışğüöçİâ", "cp1252": "éèàçêäöüßñóíáãõåæøúôâî’“”«»–"}
+          "cp949": "이다는에의을고하가지로은를한기사리도인서어나자시", "cp1253": "αοιετσνηυρπκμλςάίό", "cp1255": "יוהלארתבמשנעםדק",
+          "cp1256": "اليمونترةبعدفهس", "cp874": "านรอกเงมยลวดทส่้", "cp1250": "ěščřžýáíéůłąęśżźćńóőűăţş",
+          "cp1252": "éèàçêäöüßñóíáãõåæøúôâî’“”«»–"}
 META = re.compile(rb"<meta[^>]{0,400}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w:.-]{1,40})", re.I)
-
 
 def guess_charset(data: bytes) -> str:
     """The charset under which most of the bytes above 127 become common letters of its languages."""
-    sample = data[:20000]
     def hits(charset: str) -> float:
-        text = [c for c in sample.decode(charset, "replace") if c > "\x7f"]
-        return sum(c in COMMON[charset] for c in text) / (len(text) or 1) - sum(c == "\ufffd" for c in text) / (len(text) or 1)
+        text = [c for c in data[:20_000].decode(charset, "replace") if c > "\x7f"]
+        return (sum(map(COMMON[charset].__contains__, text)) - text.count("\ufffd")) / (len(text) or 1)
     return max(COMMON, key=hits)
 
-
 def decode(data: bytes, http_charset: str = "") -> str:
-    """Bytes to text: byte-order mark, UTF-8 if it is valid, the HTTP header, <meta>, a guess. Never raises."""
+    """Bytes to text: byte-order mark, UTF-8 if it is valid, the HTTP header's charset, <meta>'s, a guess. Never raises."""
     for mark, charset in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
             return data[len(mark):].decode(charset, "replace")
     if b"\x1b$" in data:
         return data.decode("iso2022_jp", "replace")
-    try:
-        return codecs.utf_8_decode(data, "strict", False)[0]         # final=False: a cut tail is left out
-    except UnicodeDecodeError:
-        pass
+    with contextlib.suppress(UnicodeDecodeError):
+        return codecs.utf_8_decode(data, "strict", False)[0]         # not final: a character cut at the end is left out
     meta = META.search(data[:4096])
     for label in (http_charset, meta[1].decode("ascii", "replace") if meta else ""):
-        label = label.strip(" \"'").lower()
-        try:
-            return data.decode(ALIASES.get(label, label or "none"), "replace")
-        except (LookupError, UnicodeError):
-            continue
+        with contextlib.suppress(LookupError, ValueError):           # no such charset
+            label = label.strip(" \"'").lower() or "none"
+            return data.decode(ALIASES.get(label, label), "replace")
     return data.decode(guess_charset(data), "replace")
 
 
-# ----------------------------------------------------------------------------------------------- 3. HTML to text
-# One regular expression cuts the page at its tags, as the tokenizer of the HTML standard does: every branch consumes what it
-# has looked at, to the end of the page if need be, so that no input is scanned twice.
+# -------------------------------------------------------------------------------------------------- 3. HTML to text
+# One regular expression cuts the page at its tags as the standard's tokenizer does. Each branch keeps what it has read,
+# to the end of the page if it must (possessive `*+`), so that nothing is read twice and the time is linear.
 ATTRIBUTES = r"""[^>=]*+(?:=\s*+(?:"[^"]*+"?+|'[^']*+'?+|[^\s>"'][^\s>]*+)?+[^>=]*+)*+"""
 RAW = "".join(rf"|(?i:{name})(?=[\s/>]){ATTRIBUTES}>?+(?s:.*?)(?:</(?i:{name})(?=[\s/>])[^>]*+>?+|\Z)"
               for name in ("script", "style", "textarea", "title", "iframe", "noframes"))
-TAG = re.compile(rf"<(?:!--(?:>|->|(?s:.*?)(?:--!?>|\Z))|!\[CDATA\[(?s:.*?)(?:\]\]>|\Z)|(?:[!?]|/(?=[^a-zA-Z]))[^>]*+>?+{RAW}"
-                 rf"|((?i:img|area)\b{ATTRIBUTES}|/?+[a-zA-Z][^\s/>]*+){ATTRIBUTES}>?+)")
-ALT = re.compile(r"""\balt\s*+=\s*+(?:"([^"]*+)"|'([^']*+)'|([^\s>"']++))""", re.I)
+TAG = re.compile(r"<(?:!--(?:>|->|(?s:.*?)(?:--!?>|\Z))|!\[CDATA\[(?s:.*?)(?:\]\]>|\Z)|(?:[!?]|/(?=[^a-zA-Z]))[^>]*+>?+"
+                 rf"{RAW}|((?i:img|area)\b{ATTRIBUTES}|/?+[a-zA-Z][^\s/>]*+){ATTRIBUTES}>?+)")
+ALT = re.compile(r"""\balt\s*+=\s*+(?:"([^"]*+)|'([^']*+)|([^\s>"']++))""", re.I)
 SPACE = re.compile(r"[ \t\n\r\f\v]{2,}|[\t\n\r\f\v]")
 SKIPPED = {"noscript", "template", "select", "button", "datalist", "label"}
-BREAKS = dict.fromkeys("p h1 h2 h3 h4 h5 h6".split(), 2) | dict.fromkeys(                        # newlines around each
-    "html head body div article section nav footer header aside main address blockquote figure figcaption center hr dl dt dd ul ol "
-    "menu dir li table tr caption thead tbody tfoot pre form fieldset legend details summary dialog search hgroup optgroup".split(), 1)
-ACTIONS = {slash + name: n for name, n in BREAKS.items() for slash in ("", "/")} | {"br": 0, "/br": 0, "td": -1, "th": -1}
+BLOCKS = """html head body div article section nav footer header aside main address blockquote figure figcaption center hr
+    dl dt dd ul ol menu dir li table tr caption thead tbody tfoot pre form fieldset legend details summary dialog search
+    hgroup optgroup"""
+ACTIONS = {slash + name: lines for lines, names in ((1, BLOCKS), (2, "p h1 h2 h3 h4 h5 h6"), (0, "br"), (-1, "td th"))
+           for name in names.split() for slash in (("", "/") if lines >= 0 else ("",))}
 STATEFUL = {slash + name for name in ("ul", "ol", "menu", "dir", "li", "pre", "tr") for slash in ("", "/")}
 
-
 def extract_text(page: bytes | str, http_charset: str = "") -> str:
-    """The visible text of an HTML page, in the plain-text conventions of Resiliparse 2. Linear time, never raises.
+    """The visible text of an HTML page, in the plain-text conventions of Resiliparse 2. Linear time; never raises.
 
     Example: extract_text("<h1>A</h1><ul><li>b &amp; c<li>d</ul>") -> "A\\n\\n  • b & c\\n  • d"
     """
     page = decode(page, http_charset) if isinstance(page, bytes) else page
-    parts = TAG.split(page.replace("\0", "").replace("&nbsp;", "\xa0"))
-    names = [name and name.lower() for name in parts[1::2]]
-    out: list[str] = []                  # finished pieces
-    line: list[str] = []                 # pieces of the line being gathered, entities still encoded
-    lists: list[int] = []                # open lists: -1 for bullets, else the last number given
-    breaks, cells, resume, bullet = 0, 0, -1, ""
-    in_pre, in_paragraph, row_begun, missing = False, False, False, set()
+    parts = TAG.split(page.replace("\0", "").replace("&nbsp;", "\xa0"))         # text, tag, text, tag, ..., text
+    names = [name and name.lower() for name in parts[1::2]]          # None for comments, scripts and the like
+    out, line, lists, missing = [], [], [], set()      # finished; the pieces of this line; open lists: -1 or last number
+    breaks, cells, resume, bullet, in_pre, in_paragraph, row_begun = 0, 0, -1, "", False, False, False
 
     def flush() -> None:
         nonlocal breaks, bullet, cells
@@ -305,23 +228,13 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
         line.clear()
         if "&" in text:
             text = html.unescape(text)
-        if in_pre:
-            text = text.rstrip()
-        else:
-            if "  " in text or "\n" in text or SPACE.search(text):  # the first two are quick, and decide most lines
-                text = SPACE.sub(" ", text)
-            text = text.strip(" ")
-        if not text:
-            return
-        if out:
-            out.append("\n" * breaks)
-        if cells:
-            out.append("\t\t" * cells)
-        elif lists or bullet:
-            depth = min(len(lists), 20)                              # a page of nested lists must not indent by its square
-            out.append("  " * (max(depth, 1) if bullet else depth + 1) + bullet)
-        out.append(text)
-        breaks, cells, bullet = 0, 0, ""
+        if not in_pre and ("  " in text or "\n" in text or SPACE.search(text)):      # the quick tests decide most lines
+            text = SPACE.sub(" ", text)
+        if text := text.rstrip() if in_pre else text.strip(" "):
+            depth = min(len(lists), 8)                               # else a page of open lists would indent by its square
+            indent = "\t\t" * cells or "  " * (max(depth, 1) if bullet else depth and depth + 1)
+            out.append(("\n" * breaks if out else "") + indent + bullet + text)
+            breaks, cells, bullet = 0, 0, ""
 
     for i, name in enumerate(names):
         if i <= resume:
@@ -330,51 +243,43 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
             line.append(text)
         if name is None:
             continue
-        action = ACTIONS.get(name)
+        action = ACTIONS.get(name)                                   # how many lines to break
         if action is None:
             if name in SKIPPED and name not in missing:
                 try:
                     resume = names.index("/" + name, i)
                 except ValueError:
-                    missing.add(name)
-            elif name[:3] == "img" or name[:4] == "area":
-                if alt := ALT.search(parts[2 * i + 1]):
-                    line.append(alt[1] or alt[2] or alt[3] or "")
-            continue
-        if line:
-            if in_pre and not action:
-                line.append("\n")
+                    missing.add(name)                                # never closed: keep what follows
+            elif (name[:3] == "img" or name[:4] == "area") and (alt := ALT.search(parts[2 * i + 1])):
+                line.append(alt[1] or alt[2] or alt[3] or "")
+        elif in_pre and not action:
+            line.append("\n")
+        else:
+            if line:
+                flush()
+            if action < 0:                                           # a cell: tabs before all but the first of a row
+                cells, row_begun = cells + row_begun, True
                 continue
-            flush()
-        if action < 0:
-            cells += row_begun
-            row_begun = True
-            continue
-        cells = 0
-        if not action:
-            breaks += 1
-            continue
-        if action > breaks:
-            breaks = action
-        if in_paragraph and name[0] != "/":                          # a block ends the paragraph it stands in
-            breaks = max(breaks, 2)
-        in_paragraph = name == "p"
-        if name in STATEFUL:
-            if name == "tr" or name == "/tr":
-                cells, row_begun = 0, False
-            elif name == "pre":
-                in_pre = True
-                parts[2 * i + 2] = parts[2 * i + 2].removeprefix("\n")
-            elif name == "/pre":
-                in_pre = False
-            elif name == "li":
-                if lists and lists[-1] >= 0:
+            cells = 0
+            if not action:
+                breaks += 1
+                continue
+            if in_paragraph and name[0] != "/":                      # a block ends the paragraph it stands in
+                action = 2
+            if action > breaks:
+                breaks = action
+            in_paragraph = name == "p"
+            if name not in STATEFUL:
+                continue
+            if name in ("tr", "/tr"):
+                row_begun = False
+            elif name in ("pre", "/pre"):
+                in_pre = name == "pre"
+                parts[2 * i + 2] = parts[2 * i + 2].removeprefix("\n" if in_pre else "")
+            elif name in ("li", "/li"):
+                if name == "li" and lists and lists[-1] >= 0:
                     lists[-1] += 1
-                    bullet = f"{lists[-1]}. "
-                else:
-                    bullet = "• "
-            elif name == "/li":
-                bullet = ""
+                bullet = "" if name == "/li" else f"{lists[-1]}. " if lists and lists[-1] >= 0 else "• "
             elif name[0] != "/":
                 lists.append(0 if name == "ol" else -1)
             elif lists:
@@ -384,310 +289,662 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
     return "".join(out)
 
 
-# ----------------------------------------------------------------------------------------------- 4. language
-LANGUAGES = {"en": "the of and to in is that for it with as was on are be this by not from have or which you at",
-             "de": "der die und in den von zu das mit sich des auf ist im dem nicht ein eine als auch es an werden aus",
-             "fr": "de la le et les des en un du une que est pour qui dans au par sur pas plus il avec ce se",
-             "es": "de la que el en y los del se las por un para con no una su al es lo como más"}
+# ------------------------------------------------------------------------------------------------------ 4. language
+# Scripts by Unicode block: first and last code point / 64, and the language written there, or the name of a shared script.
+SCRIPTS = """0-9 latin 120-123 latin 13-15 el 124-127 el 16-20 cyrillic 21-22 hy 23-23 he 24-29 arabic 36-37 devanagari
+    38-39 bn 40-41 pa 42-43 gu 46-47 ta 48-49 te 50-51 kn 52-53 ml 54-55 si 56-57 th 58-59 lo 60-63 bo 64-65 my 66-67 ka
+    72-77 am 94-95 km 193-195 ja 208-639 zh 688-862 ko""".split()
+SCRIPT_OF = {block: name for span, name in zip(SCRIPTS[::2], SCRIPTS[1::2])
+             for first, last in [map(int, span.split("-"))] for block in range(first, last + 1)}
+# For the languages of the shared scripts: the trigrams that tell them from each other, the most telling first ("_" is the
+# edge of a word), and the weights of the first and the last of them.
+TRIGRAMS = """
+en 11 4 isheirwasof_ithly__ofth__whfroby_ounthi_wanittednd__it_withehe__ised__thry_ll__an_a_to_and_tois_in_tioing_in
+de 12 3 _eieicein_zuvonhendieungichaussiesch_auundie_ch__weim_der_imn_dnd_en_lic_geinen_s_digen_voer_st_ten_sidenit_
+fr 13 3 ée__dé_à_eur_répouux_iquté_our_d_ur__l_une_etnt_lesquedu_ue__ledantiole__au_unes_et_ns_st_ne_des_laun__esre_
+es 12 3 _y_iónfueía_ón_loscióos_adodaddosdo_una_loqueel__elad_lasue_idaidoas_aciien_la_qun_ecio_esde__un_enntela_un_
+pt 14 3 ão__é_açã_umeir_e_umadad_ou_emadodosos_um_do__o__oso_dem_idaqueadema_ais_quas_ou_ndo_asro_ntede_comno_to_por
+it 13 4 _è_zioitàtà__e_glidi_o_dnelazigioi_d_ilonoattil_atolladeloneellco__diro_to_no_cheti_li__unlo_re_un_conel_la_
+nl 13 6 oorvooijn_eeeerijkaarhet_zi_uieenjn_lijop_meewor_aaaatuitlaan_deelvanaan_wo_he_ge_wakenrdeen_et__is_vade__en
+sv 16 4 förör__föär__är_ocochfrårånändtt__vä_avav_ttaattrnach_dra_påll_someraettska_atdet_i_varet_ar__enka_areden_so
+da 12 3 af__af_væværrug_ud_ogog_rne_erdet_på_atindet_il_ligr_dforrertiller_i_den_hvretlle_enkkeer_ke__tideren_ereger
+no 15 3 sjo_httpsjonav_ps__avrukjelinn_ogalg_utog__påett_erdetil_tilke__i_liget_sen_brforlernnesomer_tteden_ti_enen_
+fi 14 6 tä_än_yksksisä_aa_oitssataaaaniinttaoisvuoais_joikktaiittiseja_vatlli_onsa_laieen_jallanenettta_on_in_en_ist
+pl 14 6 rzyprzrzeająowasięjącściwieów_iejdziychym_nie_w_owigo_cznej_powegokieie__z_ch__ni_winiaskiny__zaki__i__po_na
+cs 17 5 _přjí_ně_přecí_jsojícsouředpříní_ktenebvníeníky_íchho_ím__v_ké_tí_né_ýchch_ou_ého_jeje__vyce__po_a_se__ne_se
+sk 15 4 sú__súajúať_ktoov_teľlebej_ýchky__v_né_ho__akch_nejsa_nietorom_jedie__ktje__jepreick_na_bomi_priale_a_dnoia_
+sl 13 5 aškjo_ške_v_kem_upeganegih_ga__kiov__izki_je_leteljskiove_jeko_lovnijja_podem_skevenno_in_rav_nansklje_poanj
+hr 13 4 koj_u_ičkoj_jezao_ojiazieziog_ijeih_rijjed_i_su__izja_je_skiim_ma_ju__jeijacijnje_odji_ka__naom_od_sko_koke_
+hu 14 10 egyaz__ésmegséggy__eg_azagyssz_szés__csényszeeszközszák_aelyasznektt__köek_sztnakás_zerbanok_ak_ben_a_hatt_a
+ro 15 5 tă__încă_în_ți_cu_oarul_ea__şiluişi_ulutul_acru__cuii_carui_aretrureadinlorei__o_ie_ntr_pe_esre_ste_dite__ca
+tr 14 6 birır_arıınını_ın_çindırrı_anıındnınlı_larasıya_ir__yaılalerola_oldir_bi_buve_ndaileesiak__velanaraeririnini
+vi 12 5 ột__mộác__nh_kh_cánh_có__cócác_ng_vàôngày_ên_và__ph_chthể_để_gi_làlà_ểngển__mể_thhể_ng__tể_trểc_ểi_n_tmểtiển
+id 10 4 ngguk_ngantu_yaah_lahengsebnyaya_ganyankandalakaang_kedanlamdi_ng_daran_ada_daber_me_ad_pealaataat__diri_ama
+et 15 8 _võvõiud_looid_õi_ks_ab_tsioonvad_vädustudasuusead_tusmisaksikuise_onsaaeksga__jamaaja__keustselst_ava_kuse_
+lv 15 5 _ieībaās_enīinā_tāspēkā_iemām__iršan_izjasvieir_iekpieijams_em_tu_tieas_kasienai_ts__un_pi_viietiesja__no_ar
+lt 15 6 _išpavių_ės_iauuosyraeikinėtų__šiinkijojosgaliks_irtaimasai_os_kaiojemo_usiausuriiniir_as_tinkurje_ti__paus_
+ca 14 3 ió_mb_eix_ll_ésls__d_eu_és_ció_l_ambanyque_elts_ntsel_lestatuna_quat_delnt_ue_perun__peita_un_lala_es__a_ia_
+ru 19 7 the_thhe__эт_выые_тсяны_ныхых_ннынойое_ый_ныйая_ть_ольии_ой_ов__со_и_скоогося_
+uk 17 7 і_він_ють_бііль_якіствід_що_і_ів_ід__з__віть_ою__пінняні_ії_ськня__у_ого_виий_
+bg 12 2 ци__съият_едят_се_ат__е_катетоа_сата_и_те_натитето_от__да_отва_ен_та_на_ия_ски
+ar 13 6 ة_ان_اعلىلى_رة__إل_أنإلىدة_الأالق_للالسمن_التفي_اء_الم_فيية_الع_من_،_ها__الات_
+fa 9 5 _کشارهکشفشف_اي_اينکه__که_شدارکرک_ره_ست_ده_يار_ازدر_سيااز_به__به_در_سي_و_است_اي
+ur 9 5 نے_سے__ہويں__سےوں_کو__کہميں_ہيہے۔ے۔_ہيںکا_ايکہے_کے__کے_کي_ہےاور_کا_اوکي_ور__مي
+hi 13 4 he__ththeto_ed__ines__to_a_हैंें_है__कीै।_ों__औरहै।में_इस_हैके__से_मेसे_की__के
+mr 9 5 ाच््येचा_लेलतीलचे_च्यील_ून_याचची_ांच_हेआहे_आह_असयांहे_ात_ाती_व__हाहा_्या_याया_
+"""
+UNSPACED = {"zh", "ja", "th", "lo", "km", "my", "bo"}                # no spaces between words, so no counting of words
+SEPARATORS = re.compile(r"[\s\d!-/:-@\[-`{-~\xa0-\xbf\u2000-\u206f।॥،؛۔]+")
+
+@functools.cache
+def trigram_weights(script: str) -> tuple[list[str], dict[str, list[tuple[int, float]]]]:
+    """The languages of a script, and trigram -> [(which language, weight)]."""
+    lines, weights = [line.split() for line in TRIGRAMS.split("\n") if line], {}
+    lines = [line for line in lines if script == SCRIPT_OF[max(map(ord, line[3])) >> 6]]
+    for column, (_, first, last, grams) in enumerate(lines):
+        for at, weight in zip(range(0, len(grams), 3), np.linspace(int(first), int(last), len(grams) // 3).tolist()):
+            weights.setdefault(grams[at:at + 3], []).append((column, weight))
+    return [line[0] for line in lines], weights
+
+def identify_language(text: str, model: "FastText | None" = None) -> tuple[str, float]:
+    """ISO 639-1 code and the probability that it is right; ("und", 1.0) where there are no letters.
+
+    A softmax over the languages of the main script, times that script's share of the letters.
+    Example: identify_language("Das ist nicht mein Hund.") -> ("de", 0.99)
+    """
+    if model:
+        labels, scores = model.predict(text)
+        return (labels[0].removeprefix("__label__"), float(scores[0])) if labels else ("und", 1.0)
+    if len(text) > 4000:                                             # the beginning, the middle and the end tell enough
+        text = " ".join(text[at:at + 1300] for at in (0, len(text) // 2 - 650, len(text) - 1300))
+    text, scripts = unicodedata.normalize("NFC", text.lower()), Counter()
+    for character, n in Counter(text).items():
+        if character.isalpha():
+            scripts[SCRIPT_OF.get(ord(character) >> 6, "und")] += n
+    if not scripts:
+        return "und", 1.0
+    if scripts["ja"] * 10 > scripts["zh"]:                           # Japanese is written in both
+        scripts["ja"] += scripts.pop("zh", 0)
+    script, n = scripts.most_common(1)[0]
+    codes, weights = trigram_weights(script)
+    if not codes:
+        return script, n / scripts.total()
+    padded, points = "_" + "_".join(SEPARATORS.split(text)) + "_", [0.0] * len(codes)
+    for gram, times in (counts := Counter(map("".join, zip(padded, padded[1:], padded[2:])))).items():
+        for column, weight in weights.get(gram, ()):
+            points[column] += times * weight
+    scale, best = 1.0 / math.sqrt(counts.total()), max(points)   # neighbouring trigrams are no independent evidence
+    return codes[points.index(best)], n / scripts.total() / sum(math.exp(scale * (p - best)) for p in points)
 
 
-def identify_language(text: str) -> tuple[str, float]:
-    words = Counter(text.lower().split())
-    total = sum(words.values()) or 1
-    scores = {code: sum(words[w] for w in table.split()) / total for code, table in LANGUAGES.items()}
-    best = max(scores, key=scores.get)
-    return (best, min(1.0, 0.5 + scores[best])) if scores[best] > 0.1 else ("und", 0.5)
-
-
-# ----------------------------------------------------------------------------------------------- 5. personal data
+# ------------------------------------------------------------------------------------------------- 5. personal data
+NO_BOOK = "".join(rf"(?<!{w}{s})" for w in ("isbn", "issn", "isbn-10", "version", "release") for s in (" ", ": ", ":"))
 EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}(?![\w-])", re.I)
-PHONE = re.compile(r"(?<![\w.$€£#=/-])(?<!\d[ \xa0])(?:\+?1[-. \xa0]?)?(?:\([2-9]\d\d\)[-. \xa0]?|[2-9]\d\d([-. \xa0]?))\d{3}"
-                   r"(?(1)\1|[-. \xa0]?)\d{4}(?![\w-]|[.,/]\d|[ \xa0]\d)")
-OCTET = r"(?:25[0-5]|2[0-4]\d|[01]?\d?\d)"
-IPV4 = re.compile(rf"(?<![\w.-])(?:{OCTET}\.){{3}}{OCTET}(?![\w-]|\.\d)")
-NOT_PERSONAL = re.compile(r"(?:isbn|issn|version|ver|release|section|chapter|build|v|§)[-:.\s\d]{0,6}$", re.I)
-
-
-def mask(pattern: re.Pattern, label: str, text: str) -> tuple[str, int]:
-    count = 0
-
-    def replace(match: re.Match) -> str:
-        nonlocal count
-        if NOT_PERSONAL.search(text, max(0, match.start() - 14), match.start()):
-            return match[0]
-        count += 1
-        return label
-    return pattern.sub(replace, text), count
-
+PHONE = re.compile(rf"(?<![\w.$€£#=/+-])(?<!\d[ \xa0]){NO_BOOK}(?:\+?1[-. \xa0]?)?(?:\([2-9]\d\d\)[-. \xa0]?|[2-9]\d\d"
+                   r"([-. \xa0]?))\d{3}(?(1)\1|[-. \xa0]?)\d{4}(?![\w-]|[.,/]\d|[ \xa0]\d)", re.A | re.I)
+IPV4 = re.compile(rf"(?<![\w.-]){NO_BOOK}(?:(?:25[0-5]|2[0-4]\d|[01]?\d?\d)(?:\.(?=\d)|(?![\w-]|\.\d))){{4}}(?<!\.)", re.A | re.I)
 
 def mask_emails(text: str) -> tuple[str, int]:
-    """("Ask test@example.com") -> ("Ask |||EMAIL_ADDRESS|||", 1)."""
-    return mask(EMAIL, "|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
-
+    """Example: "Ask test@example.com." -> ("Ask |||EMAIL_ADDRESS|||.", 1)."""
+    return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
 
 def mask_phone_numbers(text: str) -> tuple[str, int]:
-    """US numbers: 2831823829, (283)-182-3829, (283) 182 3829, 283-182-3829, 283.182.3829, +1 283 182 3829."""
-    return mask(PHONE, "|||PHONE_NUMBER|||", text)
-
+    """US numbers: 2831823829, (283)-182-3829, (283) 182 3829, 283-182-3829, 283.182.3829, each also after +1."""
+    return PHONE.subn("|||PHONE_NUMBER|||", text)
 
 def mask_ips(text: str) -> tuple[str, int]:
-    """IPv4 in dotted decimals. ("at 10.0.0.1.") -> ("at |||IP_ADDRESS|||.", 1)."""
-    return mask(IPV4, "|||IP_ADDRESS|||", text)
+    """IPv4. Example: "at 10.0.0.1." -> ("at |||IP_ADDRESS|||.", 1)."""
+    return IPV4.subn("|||IP_ADDRESS|||", text)
 
 
-# ----------------------------------------------------------------------------------------------- 6. quality rules
-# Gopher, arXiv:2112.11446, A1.1 and Table A1; C4, arXiv:1910.10683, 2.2; FineWeb, arXiv:2406.17557, 3.6.
-GOPHER = {"words": (50, 100_000), "mean word length": (3, 10), "ellipsis lines": 0.3, "words with a letter": 0.8}
-REPETITION = {"duplicate lines": 0.30, "duplicate paragraphs": 0.30, "characters in duplicate lines": 0.20,
+# ------------------------------------------------------------------------------------------------- 6. quality rules
+GOPHER = {"words": (50, 100_000), "word length": (3, 10), "ellipsis lines": 0.3, "lettered words": 0.8}  # Gopher A1.1
+REPETITION = {"duplicate lines": 0.30, "duplicate paragraphs": 0.30, "characters in duplicate lines": 0.20,  # Table A1
               "characters in duplicate paragraphs": 0.20, "top 2-gram": 0.20, "top 3-gram": 0.18, "top 4-gram": 0.16,
               "duplicate 5-grams": 0.15, "duplicate 6-grams": 0.14, "duplicate 7-grams": 0.13, "duplicate 8-grams": 0.12,
               "duplicate 9-grams": 0.11, "duplicate 10-grams": 0.10}
-C4 = {"words a line": 5, "lines": 3}
-FINEWEB = {"lines ending in punctuation": 0.12, "characters in duplicate lines": 0.1, "lines under 30 characters": 0.67}
-POLICY = re.compile(r"javascript|terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies", re.I)
-
+FINEWEB = {"punctuated ends": 0.12, "duplicate lines": 0.10, "short lines": 0.67}                        # FineWeb 3.6
+C4 = {"words a line": 5, "lines": 3}                                                                     # C4 2.2
+POLICY = re.compile(r"javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies", re.I)
 
 def gopher_reasons(text: str) -> list[str]:
-    """Every Gopher quality rule that the text breaks."""
-    tokens = text.split()
-    words = [w for w in tokens if any(map(str.isalnum, w))]          # a lone symbol is no word
-    lines = [line for line in text.split("\n") if line.strip()]
-    mean = sum(map(len, words)) / (len(words) or 1)
-    low, high = GOPHER["words"]
-    short, long = GOPHER["mean word length"]
-    letters = sum(any(map(str.isalpha, w)) for w in tokens) / (len(tokens) or 1)
-    ellipsis = sum(line.rstrip().endswith(("...", "…")) for line in lines) / (len(lines) or 1)
+    """Every Gopher quality rule that the text breaks. A token without letter or digit is no word."""
+    tokens, lines = text.split(), [line for line in text.split("\n") if line.strip()]
+    words = [w for w in tokens if w.isalnum() or any(map(str.isalnum, w))]
+    lettered = sum(w.isalpha() or any(map(str.isalpha, w)) for w in tokens)
+    ellipsis = sum(line.rstrip().endswith(("...", "…")) for line in lines)
+    (low, high), (short, long) = GOPHER["words"], GOPHER["word length"]
     rules = {f"fewer than {low} words": len(words) < low, f"more than {high} words": len(words) > high,
-             f"mean word length outside {short} to {long}": not short <= mean <= long,
-             f"more than {GOPHER['ellipsis lines']:.0%} of lines end in an ellipsis": ellipsis > GOPHER["ellipsis lines"],
-             f"less than {GOPHER['words with a letter']:.0%} of words have a letter": letters < GOPHER["words with a letter"]}
+             "mean word length": not short <= sum(map(len, words)) / (len(words) or 1) <= long,
+             "lines end in an ellipsis": ellipsis > GOPHER["ellipsis lines"] * len(lines),
+             "words without a letter": lettered < GOPHER["lettered words"] * len(tokens)}
     return [name for name, broken in rules.items() if broken]
 
-
 def gopher_quality(text: str) -> bool:
-    """True if the text passes Gopher's quality rules."""
+    """True if the text passes Gopher's quality rules; `gopher_reasons` says which it breaks."""
     return not gopher_reasons(text)
 
-
 def repetition_reasons(text: str) -> list[str]:
-    """Every rule of Gopher's Table A1 that the text breaks. Fractions are of lines, paragraphs or characters."""
-    found = {}
-    for kind, pieces in (("lines", text.split("\n")), ("paragraphs", text.split("\n\n"))):
-        pieces = [p for p in map(str.strip, pieces) if p]
-        again = [p for p, n in Counter(pieces).items() for _ in range(n - 1)]
-        found[f"duplicate {kind}"] = len(again) / (len(pieces) or 1)
-        found[f"characters in duplicate {kind}"] = sum(map(len, again)) / (sum(map(len, pieces)) or 1)
-    words = text.lower().split()
-    number: dict[str, int] = {}
-    ids = np.array([number.setdefault(w, len(number)) for w in words], dtype=np.uint64)
-    length = np.array([len(w) for w in words], dtype=np.int64)
-    total = int(length.sum()) or 1
-    gram, width = ids.copy(), length.copy()
+    """Every repetition rule of Gopher that the text breaks. Shares are of lines, paragraphs or characters."""
+    found, words, number = {}, text.lower().split(), {}
+    for kind, separator in (("lines", "\n"), ("paragraphs", "\n\n")):
+        pieces = [p for p in map(str.strip, text.split(separator)) if p]
+        again = Counter(pieces) - Counter(set(pieces))               # every occurrence but one
+        found[f"duplicate {kind}"] = again.total() / (len(pieces) or 1)
+        found[f"characters in duplicate {kind}"] = sum(len(p) * n for p, n in again.items()) / (len("".join(pieces)) or 1)
+    gram = ids = np.array([number.setdefault(w, len(number)) for w in words], dtype=np.uint64)
+    width = length = np.array(list(map(len, words)), dtype=np.int64)
     for n in range(2, min(10, len(words)) + 1):
-        gram = gram[:-1] * np.uint64(0x9E3779B97F4A7C15) + ids[n - 1:]        # a rolling hash of n words, modulo 2^64
+        gram = gram[:-1] * np.uint64(0x9E3779B97F4A7C15) + ids[n - 1:]         # a rolling hash of n words, modulo 2^64
         width = width[:-1] + length[n - 1:]
-        _, first, inverse, count = np.unique(gram, return_index=True, return_inverse=True, return_counts=True)
-        if n <= 4:
-            found[f"top {n}-gram"] = int((count * width[first])[count > 1].max(initial=0)) / total if count.max() > 1 else 0
-        else:
-            again = np.ones(len(gram), dtype=bool)
-            again[first] = False
-            covered = np.convolve(again, np.ones(n, dtype=np.int64)) > 0      # a word counts once, whatever covers it
-            found[f"duplicate {n}-grams"] = int(length[covered].sum()) / total
+        _, first, count = np.unique(gram, return_index=True, return_counts=True)
+        again = np.bincount(first, minlength=len(gram)) == 0         # every n-gram that has occurred before
+        covered = length[np.convolve(again, np.ones(n, np.int64)) > 0].sum()
+        found[f"duplicate {n}-grams"] = covered / length.sum()
+        found[f"top {n}-gram"] = (count * width[first])[count > 1].max(initial=0) / length.sum()
     return [name for name, limit in REPETITION.items() if found.get(name, 0) > limit]
-
-
-def c4_lines(text: str) -> str:
-    """C4's line rules: keeps lines that end a sentence, have five words or more and are no policy or script notice.
-
-    A page with fewer than three such lines, a curly bracket or lorem ipsum gives "".
-    """
-    if "{" in text or "lorem ipsum" in text.lower():
-        return ""
-    kept = [line for line in text.split("\n") if line.rstrip().endswith((".", "!", "?", '."', '!"', '?"', ".”", ".)"))
-            and not line.rstrip().endswith("...") and line.count(" ") >= C4["words a line"] - 1 and not POLICY.search(line)]
-    return "\n".join(kept) if len(kept) >= C4["lines"] else ""
-
 
 def fineweb_reasons(text: str) -> list[str]:
     """FineWeb's three line statistics."""
     lines = [line for line in map(str.strip, text.split("\n")) if line]
-    N = len(lines) or 1
-    again = sum(len(p) * (n - 1) for p, n in Counter(lines).items()) / (sum(map(len, lines)) or 1)
-    ended = sum(line.endswith((".", "!", "?", ":", ";", '"', "”", "’", "'", ")")) for line in lines) / N
-    rules = {"few lines ending in punctuation": ended <= FINEWEB["lines ending in punctuation"],
-             "characters in duplicate lines": again >= FINEWEB["characters in duplicate lines"],
-             "short lines": sum(len(line) < 30 for line in lines) / N >= FINEWEB["lines under 30 characters"]}
+    ends = sum(line.endswith((".", "!", "?", ":", ";", '"', "”", "’", "'", ")")) for line in lines)
+    again = sum(len(p) * (n - 1) for p, n in Counter(lines).items())
+    rules = {"few lines end in punctuation": ends <= FINEWEB["punctuated ends"] * len(lines),
+             "characters in duplicate lines": again >= FINEWEB["duplicate lines"] * len("".join(lines)),
+             "short lines": sum(len(line) < 30 for line in lines) >= FINEWEB["short lines"] * len(lines)}
     return [name for name, broken in rules.items() if broken]
 
+def c4_lines(text: str) -> str:
+    """C4's rules: keeps lines of five words or more that end a sentence and are no policy or script notice.
 
-# ----------------------------------------------------------------------------------------------- 7. harm and quality classifiers
-
-
-def classify_nsfw(text: str) -> tuple[str, float]:
-    return "non-nsfw", 0.9
-
-
-def classify_toxic(text: str) -> tuple[str, float]:
-    return "non-toxic", 0.9
+    A page with fewer than three of them, with a curly bracket or with lorem ipsum gives "".
+    """
+    kept = [line for line in text.split("\n") if line.rstrip("\"'”’) ").endswith((".", "!", "?")) and not POLICY.search(line)
+            and not line.rstrip().endswith("...") and len(line.split()) >= C4["words a line"]]
+    return "\n".join(kept) if len(kept) >= C4["lines"] and not re.search("[{]|(?i:lorem ipsum)", text) else ""
 
 
-def classify_quality(text: str) -> tuple[str, float]:
-    return "wiki", 0.6
+# --------------------------------------------------------------------------- 7. harm and quality, by visible weights
+LOOSE = dict(a="[a@4*]", e="[e3*]", i="[i1!*]", o="[o0*]", u="[uv*]", s="[s$5*]")        # f*ck, pr0n, $hit
+
+def lexicon(words: str, loose: bool = False) -> str:
+    """A pattern for whole words with the common endings; `loose`: also spelled with stars and digits, but one letter."""
+    words = ["".join(LOOSE.get(c, f"[{c}*]" if i else c) for i, c in enumerate(w)) if loose else w for w in words.split()]
+    return rf"(?<![\w*])(?=[^\sa-z]*[a-z])(?:{'|'.join(words)})(?:e?s|ing|ed|ers?)?(?![\w*])"
+
+FOUL = lexicon("""idiot moron imbecile retard scum filth trash loser stupid pathetic worthless disgusting ugly dumb vermin fool
+    pig asshole bitch cunt whore slut cocksucker motherfucker fucker bastard faggot nigger kike subhuman dumbass""", True)
+YOU = r"\b(?:you|your|you're|youre|u|ur|ya)\b"
+OBSCENE = {lexicon("""fuck motherfucker cunt cock cocksucker blowjob handjob cumshot creampie gangbang milf porn porno pornstar
+    hentai dildo slut pussy cum horny whore xxx deepthroat jizz titties""", True): 3,
+           lexicon("dick tits boobs asshole naked nude orgasm erotic anal bitch escort camgirl bdsm fetish busty", True): 2,
+           lexicon("sex sexy sexual shit ass penis vagina breast masturbate bastard threesome", True): 1}
+SOBER = {lexicon("""study research health medical medicine disease law court century population education clinical species
+    journal history treatment therapy according university scientific patient society article published film novel book"""): 1}
+ABUSE = {r"\b(?:kill|hang|shoot) (?:yo)?urself\b|\bgo to hell\b|\bdrop dead\b|\bhope (?:yo)?u (?:all )?(?:die|rot|burn)": 3,
+         r"\bshut (?:the \S{1,8} )?up\b|\bf[u*][c*][k*] (?:(?:yo)?u|off|them)|\bi(?:'ll| will) (?:kill|hurt) (?:yo)?u\b": 3,
+         r"\bnobody (?:likes|loves|wants) (?:yo)?u\b|\byou (?:all )?(?:should|deserve to) (?:die|be (?:shot|hanged))": 3,
+         YOU + r"[^.!?\n]{0,24}?\s" + FOUL + "|" + FOUL + r"[^.!?\n]{0,24}?\s" + YOU: 3,
+         r"(?:^|[.!?,]\s*)" + FOUL + r"\s*(?:$|[.!?,])": 2,
+         r"\b(?:they|those|these|all|the) \w{1,20} (?:are|is) (?:all |just |nothing but )?(?:an? )?" + FOUL: 3}
+PROSE = {r"\b(?:is|are|was|were|been|be) (?:an?|the|born|founded|published|named|known|used|located|called|defined|set|"
+         r"described|written|based|considered|given|returned|made)\b": 0.35,
+         r"\[\d{1,3}\]|\bet al\b|\bdoi\b|\bisbn\b|\((?:1[5-9]|20)\d\d\)|\bpp?\. \d": 0.5,
+         r"\b(?:however|therefore|although|because|which|during|according to|such as|for example|in general|whether|thus|"
+         r"between|century|several|often|usually|also)\b": 0.25,
+         r"\b(?:click here|add to cart|log ?in|sign (?:up|in)|subscribe|newsletter|shopping|checkout|all rights reserved|lol|"
+         r"powered by|posted by|reply|register|shipping|buy now|best price|cheap|discount|sale|order now|wishlist|view all|"
+         r"read more|forums?|threads?|username|hotels?|casino|viagra|coupons?|download now)\b": -1.2,
+         r"\b(?:i|i'm|my|me|you|your|we|our|thanks|please|hi|hello)\b": -0.4, r"[!|»$%]|\.\.\.|http": -0.5}
+
+def weigh(text: str, weights: dict[str, float]) -> float:
+    return sum(weight * len(re.findall(pattern, text.lower())) for pattern, weight in weights.items())
+
+def verdict(text: str, x: float, labels: tuple[str, str], model: "FastText | None") -> tuple[str, float]:
+    """The likelier of two labels and its probability; x is the log odds of the first. A model overrules it."""
+    if model and (found := model.predict(text))[0]:
+        return found[0][0].removeprefix("__label__"), float(found[1][0])
+    return labels[x < 0], 1 / (1 + math.exp(-min(abs(x), 30)))
+
+def classify_nsfw(text: str, model: "FastText | None" = None) -> tuple[str, float]:
+    """("nsfw" or "non-nsfw", score): obscene words, against sober words that name the same topics in another tone."""
+    n, points = len(text.split()), weigh(text, OBSCENE)
+    points -= min(points, 0.7 * weigh(text, SOBER)) if points < 0.1 * n else 0
+    return verdict(text, 60 * points / (n + 20) - 2.5, ("nsfw", "non-nsfw"), model)
+
+def classify_toxic(text: str, model: "FastText | None" = None) -> tuple[str, float]:
+    """("toxic" or "non-toxic", score): abuse aimed at somebody; an expletive alone is not."""
+    return verdict(text, 2.2 * weigh(text, ABUSE) / (1 + len(text.split()) / 150) - 3, ("toxic", "non-toxic"), model)
+
+def classify_quality(text: str, model: "FastText | None" = None) -> tuple[str, float]:
+    """("wiki" or "cc", score): would an encyclopedia cite it? Explaining prose against navigation, shop, forum debris."""
+    n, lines = len(text.split()) + 20, [line for line in text.split("\n") if line.strip()]
+    full = len("".join(line for line in lines if len(line) > 80)) / (len("".join(lines)) or 1)
+    sentence = n / (1 + len(re.findall(r"[.!?](?:\s|$)", text)))     # in words
+    x = 100 / n * weigh(text, PROSE) + 1.5 * full + (0.7 if 9 <= sentence <= 40 else -1.0) - 1.3
+    return verdict(text, x, ("wiki", "cc"), model)
 
 
-# ----------------------------------------------------------------------------------------------- 9. the pipeline
-@dataclass
-class Options:
-    languages: tuple[str, ...] = ("en",)
-    min_language_score: float = 0.65
-    c4: bool = True
-    fineweb: bool = True
-    repetition: bool = True
-    min_quality: float = 0.0
-    keep_dropped: int = 0
-    seed: int = 0
+# ------------------------------------------------------------------------------------------------------ 8. FastText
+FT_ARGS = "dim ws epoch minCount neg wordNgrams loss model bucket minn maxn lrUpdateRate".split()
+FT_MAGIC, HS, NS, SOFTMAX, SUPERVISED = 793712314, 1, 2, 3, 3        # loss 4, one-vs-all, predicts as NS does
+FT_WORD = re.compile(r"(?!__label__)[^ \n\r\t\v\f\0]+")
+
+def fnv1a(text: str) -> int:
+    """FNV-1a over UTF-8 bytes taken as signed, as the official code does; 32 bits."""
+    h = 2166136261
+    for byte in text.encode("utf-8", "replace"):
+        h = (h ^ (byte if byte < 128 else byte | 0xFFFFFF00)) * 16777619 & 0xFFFFFFFF
+    return h
 
 
-def filter_record(record: Record, options: Options) -> tuple[str, dict]:
-    """One record through every step: ("kept", document) or (the reason it was dropped, what there is of it)."""
-    document = {"url": record.url, "text": ""}
-    if record.kind == "conversion":
-        text = decode(record.payload)
-    elif record.kind == "response":
-        content_type = record.http.get("content-type", "").lower()
-        if record.status and not 200 <= record.status < 300:
-            return "status", document
-        if content_type and not re.search(r"html|text/plain|xml", content_type):
-            return "content type", document
-        charset = (re.search(r"charset=[\"']?([\w:.-]+)", content_type) or ("", ""))[1]
-        plain = content_type.startswith("text/plain")
-        text = decode(record.payload, charset) if plain else extract_text(record.payload, charset)
-    else:
-        return "no document", document
-    document["text"] = text
-    if not text.strip():
-        return "empty", document
-    language, score = identify_language(text)
-    document |= {"language": language, "scores": {"language": round(score, 4)}}
-    if options.languages and (language not in options.languages or score < options.min_language_score):
-        return "language", document
-    for rule, check in (("gopher", gopher_reasons), ("repetition", repetition_reasons if options.repetition else None),
-                        ("fineweb", fineweb_reasons if options.fineweb else None)):
-        if check and (reasons := check(text)):
-            document["reasons"] = reasons
-            return f"{rule}: {reasons[0]}", document
-    if options.c4:
-        text = c4_lines(text)
-        if not text:
-            return "c4", document
-    for name, classify, bad in (("nsfw", classify_nsfw, "nsfw"), ("toxic", classify_toxic, "toxic"), ("quality", classify_quality, "cc")):
-        label, score = classify(text)
-        document["scores"][name] = round(score if label == bad else 1 - score, 4)
-        if label == bad:
-            return name, document
-    counts = {}
-    for name, hide in (("emails", mask_emails), ("phones", mask_phone_numbers), ("ips", mask_ips)):
-        text, counts[name] = hide(text)
-    return "kept", document | {"text": text, "masked": counts}
+class FastText:
+    """A linear classifier on the mean of word and n-gram vectors; the n-grams are hashed into `bucket` rows.
+
+    Example: FastText.load("lid.176.bin").predict("Guten Morgen") -> (("__label__de",), array([0.99]))
+    """
+
+    def __init__(self, args: dict, words: dict[str, int], labels: dict[str, int], inputs, outputs) -> None:
+        self.args, self.words, self.labels, self.inputs, self.outputs = args, words, labels, inputs, outputs
+        self.names, self.index = list(labels), {w: i for i, w in enumerate(words)}       # `words`, `labels`: name -> count
+        self.known = functools.lru_cache(1 << 17)(self.word_rows)
+
+    def word_rows(self, word: str) -> tuple[list[int], int]:
+        """The rows of a word and of its character n-grams, and its hash as a signed integer."""
+        rows, padded, h = [self.index[word]] if word in self.index else [], f"<{word}>", fnv1a(word)
+        for i in range(len(padded) if self.args["maxn"] and word != "</s>" else 0):
+            for n in range(max(1, self.args["minn"]), min(self.args["maxn"], len(padded) - i) + 1):
+                if n > 1 or 0 < i < len(padded) - 1:
+                    rows.append(len(self.words) + fnv1a(padded[i:i + n]) % self.args["bucket"])
+        return rows, h - (h >> 31 << 32)
+
+    def rows(self, text: str) -> list[int]:
+        found = [self.known(w) for w in FT_WORD.findall(text) + ["</s>"]]
+        rows, hashes = [row for word, _ in found for row in word], [h for _, h in found]
+        for i, h in enumerate(hashes if self.args["wordNgrams"] > 1 else []):
+            for after in hashes[i + 1:i + self.args["wordNgrams"]]:
+                h = (h * 116049371 + after) & 0xFFFFFFFFFFFFFFFF
+                rows.append(len(self.words) + h % self.args["bucket"])
+        return rows
+
+    def predict(self, text: str, k: int = 1) -> tuple[tuple[str, ...], np.ndarray]:
+        """The k likeliest labels and their probabilities, with the 1e-5 that the package adds, at most 1."""
+        if not (rows := self.rows(text)):
+            return (), np.zeros(0)
+        score = self.outputs @ self.inputs[rows].mean(axis=0)
+        if self.args["loss"] == HS:
+            p = self.huffman(score)
+        elif self.args["loss"] == SOFTMAX:
+            p = np.exp(score - score.max())
+            p = p / p.sum() + 1e-5
+        else:                                                        # the package looks the sigmoid up in a table of 512
+            p = 1 / (1 + np.exp(8 - np.floor((score.clip(-8, 8) + 8) * 32) / 32))
+            p = np.where(score < -8, 0, np.where(score > 8, 1, p)) + 1e-5
+        top = np.argsort(-p, kind="stable")[:k]
+        return tuple(self.names[i] for i in top), np.minimum(p[top], 1)
+
+    def huffman(self, score: np.ndarray) -> np.ndarray:
+        """Hierarchical softmax: a label's probability is the product of the turns on the way down to it."""
+        n = len(self.labels)
+        counts, parent, turn = list(self.labels.values()) + [10 ** 15] * n, [0] * (2 * n), [0] * (2 * n)
+        leaf, node, log = n - 1, n, np.zeros(2 * n - 1)
+        for i in range(n, 2 * n - 1):
+            pair = []
+            while len(pair) < 2:                                     # the two rarest become the left and the right child
+                least = leaf if leaf >= 0 and counts[leaf] < counts[node] else node
+                leaf, node = (leaf - 1, node) if least == leaf else (leaf, node + 1)
+                parent[least], turn[least] = i, len(pair)
+                pair.append(counts[least])
+            counts[i] = sum(pair)
+        right = 1 / (1 + np.exp(-score.astype(np.float64)))
+        for i in range(2 * n - 3, -1, -1):
+            p = right[parent[i] - n] if turn[i] else 1 - right[parent[i] - n]
+            log[i] = log[parent[i]] + math.log(p + 1e-5)
+        return np.exp(log[:n])
+
+    @classmethod
+    def train(cls, texts: list[str], labels: list[str], *, dim=100, epochs=5, lr=0.1, word_ngrams=1, minn=0, maxn=0,
+              bucket=200_000, min_count=1, seed=0) -> "FastText":
+        """Softmax regression by SGD, one text a step, with a rate that falls linearly to zero."""
+        if len(texts) != len(labels) or not labels:
+            raise ValueError(f"want one label for each text, got {len(texts)} texts and {len(labels)} labels")
+        rng, labels = np.random.default_rng(seed), ["__label__" + y.removeprefix("__label__") for y in labels]
+        words = Counter({"</s>": len(texts)})
+        words.update(w for text in texts for w in FT_WORD.findall(text))
+        words, kinds = {w: n for w, n in words.most_common() if n >= min_count}, dict(Counter(labels).most_common())
+        bucket = bucket if word_ngrams > 1 or maxn else 0
+        args = (dim, 5, epochs, min_count, 5, word_ngrams, SOFTMAX, SUPERVISED, bucket, minn, maxn, 100)
+        inputs = rng.uniform(-1 / dim, 1 / dim, (len(words) + bucket, dim)).astype(np.float32)
+        outputs = np.zeros((len(kinds), dim), np.float32)
+        model = cls(dict(zip(FT_ARGS, args)), words, kinds, inputs, outputs)
+        pages = [np.unique(np.array(model.rows(t), np.int64), return_counts=True) for t in texts]
+        for step, i in enumerate(np.concatenate([rng.permutation(len(texts)) for _ in range(epochs)])):
+            rows, count = pages[i]
+            weight, rate = (count / count.sum()).astype(np.float32), np.float32(lr * (1 - step / (epochs * len(texts))))
+            hidden = weight @ inputs[rows]                           # (dim,) the mean of the text's vectors
+            p = np.exp(outputs @ hidden - (outputs @ hidden).max())
+            error = -rate * p / p.sum()
+            error[model.names.index(labels[i])] += rate              # rate times the gradient of log p[label]
+            move = error @ outputs
+            outputs += error[:, None] * hidden
+            inputs[rows] += weight[:, None] * move
+        return model
+
+    @classmethod
+    def load(cls, path: str) -> "FastText":
+        """Reads the official .bin format. Raises: ValueError if the file is none, is cut short, or is quantised (.ftz)."""
+        def take(form: str) -> tuple:
+            return struct.unpack("<" + form, f.read(struct.calcsize("<" + form)))
+        try:
+            with open(path, "rb") as f:
+                magic, version, *values = take("14i")
+                args, entries, matrices = dict(zip(FT_ARGS, values), t=take("d")[0]), ({}, {}), []
+                args["maxn"] *= version > 11 or args["model"] != SUPERVISED      # as the package does for old files
+                size, _, _, args["tokens"], pruned = take("iiiqq")
+                for _ in range(size if magic == FT_MAGIC else 0):
+                    name = b"".join(iter(lambda: f.read(1) or b"\0", b"\0"))
+                    count, kind = take("qb")
+                    entries[kind][name.decode("utf-8", "surrogateescape")] = count
+                for _ in range(2):
+                    quantised, m, n = take("?qq")
+                    if quantised or pruned >= 0 or magic != FT_MAGIC:
+                        raise ValueError("another format, or quantised (.ftz)")
+                    matrices.append(np.frombuffer(f.read(4 * m * n), "<f4", m * n).reshape(m, n).copy())
+        except (struct.error, ValueError, LookupError, MemoryError) as fault:
+            raise ValueError(f"{path} is no complete FastText .bin model: {fault}") from None
+        return cls(args, *entries, *matrices)
+
+    def save(self, path: str) -> None:
+        """Writes the official .bin format, whole or not at all."""
+        with open(path + ".tmp", "wb") as f:
+            f.write(struct.pack("<14id", FT_MAGIC, 12, *(self.args[a] for a in FT_ARGS), self.args.get("t", 1e-4)))
+            sizes = len(self.words) + len(self.labels), len(self.words), len(self.labels)
+            f.write(struct.pack("<iiiqq", *sizes, self.args.get("tokens", sum(self.words.values())), -1))
+            for name, count in [*self.words.items(), *self.labels.items()]:
+                kind = name.startswith("__label__")
+                f.write(name.encode("utf-8", "surrogateescape") + struct.pack("<xqb", count, kind))
+            for matrix in (self.inputs, self.outputs):
+                f.write(struct.pack("<?qq", False, *matrix.shape) + np.ascontiguousarray(matrix, "<f4").tobytes())
+        os.replace(path + ".tmp", path)
 
 
-def filter_batch(job: tuple[list[Record], Options]) -> list[tuple[str, int, dict]]:
-    return [(*filter_record(record, job[1]), len(record.payload)) for record in job[0]]
+# -------------------------------------------------------------------------------------------------- 9. the pipeline
+load_model = functools.lru_cache(FastText.load)                      # once a process
+STEPS = "gopher repetition fineweb c4 nsfw toxic quality pii".split()
 
+def filter_record(record: Record, languages=("en",), min_language=0.65, without=(), models={}) -> tuple[str, dict]:
+    """One record through every step: ("kept", document), or (why it was dropped, what is known of it).
 
-def batches(source: str, options: Options, warnings: Counter, size: int = 1 << 20) -> Iterator[tuple[list[Record], Options]]:
+    Args: languages: codes to keep, none for all. without: of STEPS. models: "lid", "nsfw", ... -> a FastText file.
+    """
+    document, kind = {"url": record.url}, record.http.get("content-type", "").lower()
+    model = {step: load_model(path) for step, path in models.items()}.get
+    if record.status and not 200 <= record.status < 300:
+        return "status", document
+    if record.kind == "response" and not re.match(r"$|text/(?:html|plain)|application/xhtml", kind):
+        return "content type", document
+    to_text = decode if record.kind == "conversion" or kind.startswith("text/plain") else extract_text
+    text = to_text(record.payload, (re.search(r"charset=[\"']?([\w:.-]+)", kind) or ("", ""))[1])
+    language, score = identify_language(text, model("lid"))
+    document |= {"text": text, "language": language, "scores": {"language": round(score, 4)}}
+    if not text.strip() or languages and (language not in languages or score < min_language):
+        return "language" if text.strip() else "empty", document
+    skip = {*without, *(STEPS[:4] if language in UNSPACED else ())}
+    for step, check in zip(STEPS, (gopher_reasons, repetition_reasons, fineweb_reasons)):
+        if step not in skip and (reasons := check(text)):
+            return f"{step}: {reasons[0]}", document | {"reasons": reasons}
+    if "c4" not in skip and not (text := c4_lines(text)):
+        return "c4", document
+    for step, classify, bad in zip(STEPS[4:], (classify_nsfw, classify_toxic, classify_quality), ("nsfw", "toxic", "cc")):
+        label, score = classify(text, model(step))
+        document["scores"][step] = round(score if label == bad else 1 - score, 4)        # the probability of the bad label
+        if label == bad and step not in skip:
+            return step, document
+    masked = {}
+    for name, hide in () if "pii" in skip else (("emails", mask_emails), ("phones", mask_phone_numbers), ("ips", mask_ips)):
+        text, masked[name] = hide(text)
+    return "kept", document | {"text": text, "masked": masked}
+
+def filter_batch(records: list[Record], options: dict) -> list[tuple[str, dict, int]]:
+    return [(*filter_record(record, **options), len(record.payload)) for record in records]
+
+def batches(source, warnings: Counter) -> Iterator[list[Record]]:
+    """Documents in lists of about a megabyte, enough to be worth a trip to another process."""
     batch, held = [], 0
     for record in read_warc(source, warnings):
         if record.kind in ("response", "conversion"):
             batch.append(record)
             held += len(record.payload)
-        if held > size:
-            yield batch, options
+        if held > 1 << 20:
+            yield batch
             batch, held = [], 0
-    yield batch, options
+    yield batch
 
+def filter_file(source: str, target: str, keep_dropped: int, options: dict, mapper=map) -> int:
+    """One archive to one file of JSON lines and its report, both whole or not at all. Returns the number of documents."""
+    report, rng = {k: Counter() for k in ("documents", "bytes", "warnings", "masked")} | {"dropped": {}}, random.Random(0)
+    work = mapper(functools.partial(filter_batch, options=options), batches(source, report["warnings"]))
+    with gzip.open(target + ".tmp", "wt", encoding="utf-8", errors="replace", compresslevel=4) as sink:
+        for reason, document, size in (result for results in work for result in results):
+            report["documents"][reason] += 1
+            report["bytes"][reason] += size
+            if reason == "kept":
+                report["masked"].update(document["masked"])
+                sink.write(json.dumps(document, ensure_ascii=False) + "\n")
+            elif (at := rng.randrange(report["documents"][reason])) < keep_dropped:      # reservoir: equal chances
+                examples = report["dropped"].setdefault(reason, [])
+                examples[at:at + 1] = [document, *(examples[at:at + 1] if len(examples) < keep_dropped else [])]
+    write_json(target.replace(".jsonl.gz", ".report.json"), report)
+    os.replace(target + ".tmp", target)
+    return report["documents"].total()
 
-def filter_file(source: str, out: str, options: Options, mapper=map) -> dict:
-    """One archive to one file of JSON lines and its report, both written whole or not at all."""
-    warnings, seen, size, rng = Counter(), Counter(), Counter(), random.Random(options.seed)
-    dropped: dict[str, list] = {}
-    masked = Counter()
-    kept_bytes = 0
-    with gzip.open(out + ".tmp", "wt", encoding="utf-8", compresslevel=4) as sink:
-        for batch in mapper(filter_batch, batches(source, options, warnings)):
-            for reason, document, length in batch:
-                seen[reason] += 1
-                size[reason] += length
-                if reason == "kept":
-                    masked.update(document.pop("masked"))
-                    kept_bytes += len(document["text"].encode("utf-8", "replace"))
-                    sink.write(json.dumps(document, ensure_ascii=False) + "\n")
-                elif options.keep_dropped:
-                    examples = dropped.setdefault(reason, [])
-                    if len(examples) < options.keep_dropped:
-                        examples.append(document)
-                    elif (at := rng.randrange(seen[reason])) < options.keep_dropped:      # reservoir sampling
-                        examples[at] = document
-    report = {"source": str(source), "documents": seen, "bytes": size, "warnings": warnings, "masked": masked, "kept_bytes": kept_bytes,
-              "dropped": dropped}
-    with open(out.replace(".jsonl.gz", ".report.json"), "w", encoding="utf-8") as f:
-        json.dump(report, f, ensure_ascii=False, indent=1)
-    os.replace(out + ".tmp", out)
-    return report
+def write_json(path: str, value) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8", errors="replace") as f:
+        json.dump(value, f, ensure_ascii=False, indent=1)
+    os.replace(path + ".tmp", path)
 
-
-def _file_job(job):
-    return filter_file(*job)
-
-
-def filter_files(sources: list[str], out: str, options: Options, workers: int | None = None, log=print) -> dict:
+def filter_files(sources: list[str], out: str, workers: int | None = None, keep_dropped: int = 0, **options) -> dict:
+    """Every archive that has no output yet; returns the summed report. Many archives: one a process; few: by batches."""
     os.makedirs(out, exist_ok=True)
-    workers = workers or os.cpu_count() or 1
-    reports = []
-    jobs = []
-    for source in sources:
-        name = os.path.basename(str(source)).removesuffix(".gz") if source != "-" else "stdin"
-        target = os.path.join(out, name + ".jsonl.gz")
-        if os.path.exists(target):
-            reports.append(json.load(open(target.replace(".jsonl.gz", ".report.json"), encoding="utf-8")))
-        else:
-            jobs.append((source, target, options))
-    start = time.time()
+    names = [os.path.basename(s.split("?")[0]).removesuffix(".gz") if s != "-" else "stdin" for s in sources]
+    targets = [os.path.join(out, n + ".jsonl.gz") for n in names]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two inputs are called {Counter(names).most_common(1)[0][0]}; use two --out folders")
+    jobs = [(s, t, keep_dropped, options) for s, t in zip(sources, targets) if not os.path.exists(t)]
+    start, documents, workers = time.time(), 0, workers or os.cpu_count() or 1
     with Pool(workers) as pool:
-        done = pool.imap_unordered(_file_job, jobs) if len(jobs) >= workers else (
-            filter_file(*job, mapper=pool.imap) for job in jobs)
-        for i, report in enumerate(done, 1):
-            reports.append(report)
-            n = sum(sum(r["documents"].values()) for r in reports)
-            seconds = time.time() - start
-            log(f"file {i}/{len(jobs)} | {n:,} docs | {n / seconds:.0f} docs/s | eta {seconds / i * (len(jobs) - i):.0f}s")
-    total = {k: Counter() for k in ("documents", "bytes", "warnings", "masked")}
-    for report in reports:
-        for key in total:
-            total[key].update(report[key])
+        done = pool.imap_unordered(_filter_job, jobs) if len(jobs) >= workers else (filter_file(*j, pool.imap) for j in jobs)
+        for i, n in enumerate(done, 1):
+            documents, seconds = documents + n, time.time() - start
+            print(f"file {i}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} documents/s | "
+                  f"eta {seconds / i * (len(jobs) - i):.0f}s", file=sys.stderr)
+    total = {k: Counter() for k in ("documents", "bytes", "warnings", "masked")} | {"dropped": {}}
+    for target in targets:
+        for key, value in json.loads(Path(target.replace(".jsonl.gz", ".report.json")).read_text("utf-8")).items():
+            total[key].update(value)
     return total
 
+def _filter_job(job: tuple) -> int:
+    return filter_file(*job)
 
-def print_report(total: dict, log=print) -> None:
-    N, B = sum(total["documents"].values()) or 1, sum(total["bytes"].values()) or 1
-    log(f"{'step':58s} {'documents':>10s} {'share':>7s} {'bytes':>14s} {'share':>7s}")
+def print_report(total: dict) -> None:
+    n_all, bytes_all = total["documents"].total() or 1, total["bytes"].total() or 1
     for reason, n in sorted(total["documents"].items(), key=lambda x: (x[0] == "kept", -x[1])):
-        log(f"{reason:58s} {n:10,d} {n / N:7.1%} {total['bytes'][reason]:14,d} {total['bytes'][reason] / B:7.1%}")
-    for name in ("masked", "warnings"):
-        log(f"{name}: " + (", ".join(f"{k} {v}" for k, v in total[name].items()) or "none"))
+        size = total["bytes"][reason]
+        print(f"{reason:50s} | {n:9,d} documents {n / n_all:6.1%} | {size:13,d} bytes {size / bytes_all:6.1%}")
+    for key in ("masked", "warnings"):
+        print(f"{key:50s} | " + (", ".join(f"{n:,} {name}" for name, n in total[key].items()) or "none"))
 
+
+# ------------------------------------------------------------------------------------------------------ 10. a sample
+SPEAK = {"de": "Der kleine Hund läuft jeden Morgen durch den Garten und sucht nach den Knochen, die er gestern versteckt hat.",
+         "fr": "Le petit chien court chaque matin dans le jardin et cherche les os qu'il a cachés la veille sous les arbres.",
+         "es": "El perro pequeño corre cada mañana por el jardín y busca los huesos que escondió ayer debajo de los árboles.",
+         "ru": "Маленькая собака каждое утро бегает по саду и ищет кости, которые она вчера спрятала под деревьями.",
+         "ja": "小さな犬は毎朝庭を走って、昨日木の下に隠した骨を探しています。", "zh": "小狗每天早上在花园里跑来跑去，寻找昨天藏在树下的骨头。"}
+
+def warc_record(url: str, body: bytes, head: str = "Content-Type: text/html", status: int = 200) -> bytes:
+    """A response as one gzip member of a WARC file."""
+    block = f"HTTP/1.1 {status} -\r\n{head}\r\n\r\n".encode() + body
+    return gzip.compress(f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http\r\n"
+                         f"Content-Length: {len(block)}\r\n\r\n".encode() + block + b"\r\n\r\n", mtime=0)
+
+def docstring_pages() -> Iterator[tuple[str, list[str]]]:
+    """(module, paragraphs) of Python's own library, where it explains itself in prose: real text that needs no download."""
+    root = Path(ast.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        with contextlib.suppress(SyntaxError, ValueError):
+            nodes = [] if {"site-packages", "test", "tests"} & set(path.parts) else ast.walk(ast.parse(path.read_bytes()))
+            texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            prose = [" ".join(p.split()) for text in texts for p in re.split(r"\n\s*\n", text)]
+            prose = [p for p in dict.fromkeys(prose) if len(p.split()) > 7 and p[-1] == "." and not re.search(r"[{}<>=]|--", p)]
+            if sum(len(p.split()) for p in prose) > 150:
+                yield str(path.relative_to(root).with_suffix("")), prose
+
+def write_sample(out: str, seed: int = 0) -> None:
+    """sample.warc.gz; expected.json: url -> what must happen to each planted page; heldout.txt: clean text kept back."""
+    os.makedirs(out, exist_ok=True)
+    rng, records, expected, pages = random.Random(seed), [], {}, list(docstring_pages())
+    prose = [p for _, paragraphs in pages for p in paragraphs if 25 < len(p.split()) < 90 and identify_language(p)[1] > 0.9]
+    words = " ".join(prose).split()
+    menu = "<ul>" + "".join(f"<li><a href=/{w}>{w}</a>" for w in "Home Products Forum Login Register".split()) + "</ul>"
+
+    def page(*paragraphs: str) -> str:
+        return f"<html><title>A page</title><script>if (a < b) {{}}</script>{menu}" + "".join(f"<p>{p}</p>" for p in paragraphs)
+
+    def article() -> list[str]:
+        return [html.escape(p) for p in rng.sample(prose, 8)]
+
+    def plant(name: str, want: str, body: str | bytes, *more, **details) -> None:
+        url = f"http://sample.test/{name}"
+        records.append(warc_record(url, body if isinstance(body, bytes) else body.encode(), *more))
+        expected[url] = {"want": want, **details}
+    for i, (module, paragraphs) in enumerate(pages):
+        if i % 10:
+            records.append(warc_record(f"http://sample.test/doc/{module}", page(*map(html.escape, paragraphs)).encode()))
+            size = sum(len(p.split()) for p in paragraphs)
+            plant(f"shop/{i}", "dropped", page(*(f"{rng.choice(words)} {rng.choice(words)} $9 Add to cart!" for _ in range(size // 5))))
+            plant(f"spam/{i}", "dropped", page(" ".join(rng.choices(rng.sample(words, 9), k=size)) + "."))
+    for code, text in SPEAK.items():
+        plant(f"language/{code}", "language", page(*[text] * 3))
+    plant("personal", "kept", page(*article(), "Write to test@example.com or call (283) 182-3829 any day, from 192.168.0.1."),
+          masked={"emails": 1, "phones": 1, "ips": 1})
+    for i in range(5):
+        near = article()
+        for j in range(4):
+            plant(f"duplicate/{i}/{j}", "kept", page(*near, f"This copy of the page was made on day number {j} of the year."), group=i)
+    cafe = page(*article(), "The café of the naïve señor opens at eight, which is “early” for this part of the town.")
+    plant("latin", "kept", cafe.encode("cp1252"), "Content-Type: text/html; charset=iso-8859-1", has="café of the naïve señor")
+    plant("hostile", "kept", cafe.replace("<p>", "<div <p title='>' <<b><p onclick=\"a > b\">").replace("</p>", "<!-- > --></p></i>"))
+    packed = gzip.compress(cafe.encode(), mtime=0)
+    plant("chunked", "kept", b"%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed),
+          "Content-Type: text/html\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip", has="café of the naïve señor")
+    plant("image", "content type", b"\x89PNG" * 99, "Content-Type: image/png")
+    plant("missing", "status", cafe, "Content-Type: text/html", 404)
+    plant("menu", "gopher", page())
+    plant("obscene", "nsfw", page(*article()[:2], "Hot sl*ts want c0ck and pussy in this free xxx porn video tonight, so come and see."))
+    plant("abuse", "toxic", page(*article()[:2], "You are a worthless idiot and nobody likes you. Shut up, you moron, and go to hell today."))
+    rng.shuffle(records)
+    records.append(warc_record("http://sample.test/cut", cafe.encode())[:-200])
+    for name, data in (("sample.warc.gz", b"".join(records)), ("expected.json", json.dumps(expected, indent=1).encode()),
+                       ("heldout.txt", "\n\n".join(p for _, ps in pages[::10] for p in ps).encode())):
+        Path(out, name + ".tmp").write_bytes(data)
+        os.replace(Path(out, name + ".tmp"), Path(out, name))
+
+def check_report(out: str, expected_path: str) -> None:
+    """Compares what the pipeline did to the sample with the known answers. Raises: ValueError at the first difference."""
+    expected, report = json.loads(Path(expected_path).read_text()), json.loads(Path(out, "sample.warc.report.json").read_text())
+    got = {d["url"]: ("dropped" if w == "dropped" else reason, d) for reason, ds in report["dropped"].items() for d in ds for w in [0]}
+    with gzip.open(Path(out, "sample.warc.jsonl.gz"), "rt", encoding="utf-8") as f:
+        got |= {d["url"]: ("kept", d) for d in map(json.loads, f)}
+    for url, want in expected.items():
+        reason, document = got.get(url, ("nothing", {}))
+        if not (reason.startswith(want["want"]) or want["want"] == "dropped" != reason != "kept"):
+            raise ValueError(f"{url} should be {want['want']}, is {reason}")
+        if want.get("masked", document.get("masked")) != document.get("masked") or want.get("has", "") not in document.get("text", ""):
+            raise ValueError(f"{url} came out as {document}")
+    if report["warnings"] != {"truncated gzip member": 1}:
+        raise ValueError(f"the cut record should be the one warning, got {report['warnings']}")
+    print(f"{len(expected)} planted pages as expected, {len(got) - len(expected)} others filtered, 1 cut record counted  OK")
+
+
+# ------------------------------------------------------------------------------------------------------- at the door
+def walk_through() -> None:
+    """One page, step by step."""
+    page = b"<title>x</title><h1>Caf\xe9s</h1><p>Write to <b>a@b.org</b>, please &amp; soon.<ul><li>one<li>two</ul><script>1<2</script>"
+    text = extract_text(page, "iso-8859-1")
+    print(f"bytes     {page[:48]!r} ...\ntext      {text!r}\nlanguage  {identify_language(text)}\nmasked    {mask_emails(text)[0]!r}")
+    print(f"gopher    {gopher_reasons(text)}\nquality   {classify_quality(text)}\ntoxic     {classify_toxic('Shut up, you idiot!')}")
+
+def self_check() -> str:
+    """The steps against known answers. Raises: AssertionError."""
+    record = warc_record("http://a.test/", b"<p>1 &lt; 2")
+    warnings = Counter()
+    got = [(r.url, r.status, extract_text(r.payload)) for r in read_warc(io.BytesIO(record + record[:-20]), warnings)]
+    assert got == [("http://a.test/", 200, "1 < 2")] and warnings == {"truncated gzip member": 1}, (got, warnings)
+    assert extract_text("<ol><li>a<li>b</ol><table><tr><td>c<td>d") == "  1. a\n  2. b\nc\t\td"
+    assert all(identify_language(text)[0] == code for code, text in SPEAK.items())
+    for text in ("2831823829", "(283)-182-3829", "(283) 182 3829", "283-182-3829", "+1 283.182.3829"):
+        assert mask_phone_numbers(f"Call {text}.") == ("Call |||PHONE_NUMBER|||.", 1), text
+    assert mask_ips("1.2.3.4, 1.2.3.4.5 and 300.1.1.1.") == ("|||IP_ADDRESS|||, 1.2.3.4.5 and 300.1.1.1.", 1)
+    assert gopher_quality("the with " * 50) and gopher_reasons("a be " * 50) == ["mean word length"]
+    model = FastText.train(["good fine nice", "bad poor sad"] * 9, ["up", "down"] * 9, dim=8, lr=0.5)
+    assert model.predict("fine")[0] == ("__label__up",)
+    return "archives, text, languages, masks, rules and FastText as known  OK"
+
+def bench(repeats: int = 5) -> None:
+    """Median speed on this file's own sample."""
+    pages = [("<p>" + "</p>\n<p class='a'>".join(map(html.escape, ps))) * 3 for _, ps in docstring_pages()]
+    texts, size = [extract_text(p) for p in pages], sum(map(len, pages)) / 1e6
+    for name, step, inputs in (("extract_text", extract_text, pages), ("identify_language", identify_language, texts),
+                               ("gopher, repetition", lambda t: (gopher_reasons(t), repetition_reasons(t)), texts),
+                               ("nsfw, toxic, quality", lambda t: (classify_nsfw(t), classify_toxic(t), classify_quality(t)), texts)):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            list(map(step, inputs))
+            times.append(size / (time.perf_counter() - start))
+        print(f"{name:22s} {sorted(times)[repeats // 2]:7.1f} MB/s of HTML  (min {min(times):.1f}, max {max(times):.1f})")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", help="WARC or WET files, URLs, or - for stdin")
-    parser.add_argument("--out", default="out/data/filtered")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--keep-dropped", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("inputs", nargs="*", metavar="IN", help="WARC or WET files, http(s) URLs, or - for stdin")
+    parser.add_argument("--out", metavar="DIR", default="out/data/filtered", help="one .jsonl.gz and one report for each input")
+    parser.add_argument("--workers", type=int, help="processes; default: all cores")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="take every N-th input from the I-th: for job arrays")
+    parser.add_argument("--keep-dropped", type=int, default=0, metavar="N", help="random examples of each reason, in the report")
+    parser.add_argument("--languages", nargs="*", default=["en"], help="codes to keep; none for all")
+    parser.add_argument("--min-language", type=float, default=0.65, metavar="P", help="least probability of the language")
+    parser.add_argument("--without", nargs="*", default=[], choices=STEPS, help="steps to leave out")
+    for step in ("lid", "nsfw", "toxic", "quality"):
+        parser.add_argument("--" + step, metavar="MODEL", help="a FastText .bin in place of the embedded classifier")
+    parser.add_argument("--train-quality", nargs=2, metavar=("POS", "NEG"), help="text files, a page a line; model to --out")
+    parser.add_argument("--sample", metavar="DIR", help="write a sample archive with known answers")
+    parser.add_argument("--check", metavar="EXPECTED", help="compare --out with the sample's expected.json")
+    parser.add_argument("--bench", action="store_true")
     args = parser.parse_args()
-    total = filter_files(args.inputs, args.out, Options(keep_dropped=args.keep_dropped, seed=args.seed), args.workers)
-    print_report(total)
+    try:
+        if args.bench:
+            bench()
+        elif args.sample:
+            write_sample(args.sample)
+        elif args.train_quality:
+            good, bad = (Path(path).read_text("utf-8").splitlines() for path in args.train_quality)
+            FastText.train(good + bad, ["wiki"] * len(good) + ["cc"] * len(bad), word_ngrams=2).save(args.out)
+        elif args.inputs:
+            first, shards = map(int, args.shard.split("/"))
+            models = {step: path for step in ("lid", "nsfw", "toxic", "quality") if (path := getattr(args, step))}
+            total = filter_files(args.inputs[first::shards], args.out, args.workers, args.keep_dropped, without=args.without,
+                                 languages=args.languages, min_language=args.min_language, models=models)
+            print_report(total)
+        elif not args.check:
+            walk_through()
+            print(self_check())
+        if args.check:
+            check_report(args.out, args.check)
+    except (ValueError, OSError) as fault:
+        print(f"data_filter.py: {fault}", file=sys.stderr)
+        return 2
     return 0
 
 
