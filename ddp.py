@@ -62,7 +62,7 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def spawn(worker, world_size: int, *args) -> None:
+def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
     so that no port is taken. If one dies, the others are stopped and the exception names its rank."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,10 +73,10 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    try:
-        worker(rank, world_size, *args)
-    finally:
-        dist.destroy_process_group()
+    worker(rank, world_size, *args)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
 
 
 def ring_all_reduce(tensor: Tensor, log=None) -> int:
@@ -444,21 +444,17 @@ def _walk_worker(rank: int, world_size: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Bench
 
-def _median_seconds(f, device: torch.device, repeats: int, warm_up: int = 2) -> tuple[float, float]:
-    """Median over repeats of the slowest rank's time, and the spread (max - min)."""
-    times = []
-    for i in range(warm_up + repeats):
-        dist.barrier()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float]:  # twin: sharded_optim.py
+    """Median over the repeats (after two to warm up) of the slowest rank's time, and the spread (max - min)."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = torch.zeros(repeats + 2, dtype=torch.float64, device=device)
+    for i in range(repeats + 2):
+        dist.barrier(), wait()
         start = time.perf_counter()
-        f()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    slowest = torch.tensor(times[warm_up:], dtype=torch.float64, device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    return slowest.median().item(), (slowest.max() - slowest.min()).item()
+        f(), wait()
+        times[i] = time.perf_counter() - start
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    return times[2:].median().item(), (times[2:].max() - times[2:].min()).item()
 
 
 def bench_collectives(device: torch.device, max_mb: int, link_gb_s: float | None) -> None:

@@ -1,22 +1,22 @@
-"""sharded_optim.py - ZeRO: data parallelism in which no rank keeps a second copy of what another rank could keep.
+"""sharded_optim.py - ZeRO: data parallelism in which no rank keeps what another rank could keep for it.
 
-What:       per parameter, training in fp32 with Adam holds 4 bytes of weight, 4 of gradient and 8 of moments. Over N ranks:
-              plain data parallelism     4   + 4   + 8          every rank keeps everything
-              ShardedOptimizer, stage 1  4   + 4   + 8/N        each rank updates its own parameters and broadcasts them
-              FSDP, stage 3              4/N + 4/N + 8/N        weights are gathered a layer at a time, just when needed;
-                                                                beside that: two layers' weights and gradients, whole
-            `python sharded_optim.py` prints these sums beside what a run really holds.
+What:       per parameter, fp32 training with Adam holds 4 bytes of weight, 4 of gradient, 8 of moments. On N ranks:
+              plain data parallelism     4   + 4   + 8     every rank keeps everything
+              ShardedOptimizer, stage 1  4   + 4   + 8/N   each rank updates its own parameters and broadcasts them
+              FSDP, stage 3              4/N + 4/N + 8/N   weights are gathered a layer at a time, when they are needed;
+                                                           for a while two layers' weights and gradients are whole
+            The walk-through prints these sums beside what a run really holds.
 Source:     Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, sections 3 and 5; Zhao et al. 2023, "PyTorch FSDP",
             arXiv:2304.11277, sections 3.2 and 3.3 (communication order, prefetch, freeing).
-Deviations: 1. Stage 1 gives whole parameters to ranks, by a greedy balance of their sizes, instead of cutting a flat vector:
-               so any optimizer works whose update looks at one parameter at a time (Muon too).
-            2. FSDP cuts every parameter by itself, not a layer's flattened together: then the gather writes each weight where
-               it is used and the reduce-scatter reads each gradient where it was made, with no copy in between.
-            3. One-dimensional parameters (norms, biases) stay whole on every rank: they are a thousandth of the bytes.
+Deviations: 1. Stage 1 gives whole parameters to ranks, balanced greedily by size, instead of cutting one flat vector:
+               so it fits any optimizer that updates one parameter at a time (Muon too).
+            2. FSDP cuts every parameter by itself, not a layer's flattened together: so the gather writes each weight
+               where it is used, and the reduce-scatter reads each gradient where it was made, with no copy between.
+            3. One-dimensional parameters (norms, biases) stay whole on every rank: a thousandth of the bytes.
 Copy:       this file alone; needs torch. MIT.
-Run:        python sharded_optim.py                                           two ranks on this CPU, explained
-            python sharded_optim.py --bench                                   two ranks on this CPU, timed
-            torchrun --nproc-per-node 4 sharded_optim.py --bench              one rank a GPU, beside torch's own
+Run:        python sharded_optim.py                                         two ranks on this CPU, explained
+            python sharded_optim.py --bench                                 two ranks on this CPU, timed
+            torchrun --nproc-per-node 4 sharded_optim.py --bench            one rank a GPU, beside torch's own
 """
 import argparse
 import contextlib
@@ -46,21 +46,20 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    try:
-        worker(rank, world_size, *args)
-    finally:
-        dist.destroy_process_group()
+    worker(rank, world_size, *args)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
 
 
 def _broadcast(t: Tensor, source: int, async_op: bool = False) -> dist.Work | None:
     """Any dtype and stride: collectives want contiguous tensors and know few dtypes, so what they get are bytes."""
     data = t.detach()
-    if data.is_contiguous():
-        return dist.broadcast(data.view(-1).view(torch.uint8), src=source, async_op=async_op)
-    raw = data.reshape(-1).view(torch.uint8)                                   # a copy
-    dist.broadcast(raw, src=source)
-    data.copy_(raw.view(data.dtype).view(data.shape))
-    return None
+    raw = data.reshape(-1).view(torch.uint8)                                   # a copy, if data is not contiguous
+    work = dist.broadcast(raw, src=source, async_op=async_op and data.is_contiguous()) if data.numel() else None
+    if not data.is_contiguous():
+        data.copy_(raw.view(data.dtype).view(data.shape))
+    return work
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,13 +68,10 @@ def _broadcast(t: Tensor, source: int, async_op: bool = False) -> dist.Work | No
 class ShardedOptimizer(torch.optim.Optimizer):
     """Any optimizer, with each parameter's state and update on one rank only.
 
-    Args: params and kwargs as for optimizer_cls. Gradients have to be averaged already (by DDP, say): the same everywhere.
-    A step:  every rank runs optimizer_cls on the parameters it owns and sends them to the others. The parameters are worked
-    through in rounds, so that one round's broadcast runs beside the next round's update.
-
-    `param_groups` is the whole, as in any optimizer: a learning rate set there reaches the inner optimizers with the next
-    step. `state` holds what this rank owns. `state_dict()` has to be called on all ranks: it gathers what the plain optimizer
-    would have, so a checkpoint loads with any number of ranks, or without sharding.
+    Args: params and kwargs as for optimizer_cls. Gradients are averaged before step() (by DDP, say).
+    A step runs optimizer_cls on what this rank owns and broadcasts the results, in rounds: one round's broadcast runs
+    beside the next one's update. Every rank ends with the same parameters, those of the plain optimizer.
+    `param_groups` is the whole: a learning rate set there counts from the next step on. `state` is what this rank owns.
     Raises: ValueError if torch.distributed is not running.
     Example: ShardedOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
     """
@@ -88,7 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._optimizer_cls, self._kwargs = optimizer_cls, kwargs
         self._elements = [0] * self._world_size                                # owned so far, by rank
         self.owner: dict[Tensor, int] = {}                                     # the same on every rank
-        self._rounds: list[tuple[int, list[Tensor], torch.optim.Optimizer]] = []   # group, its parameters, inner
+        self._rounds: list[tuple[int, list[Tensor], torch.optim.Optimizer]] = []    # group, parameters, inner
         super().__init__(params, kwargs)                                       # calls add_param_group
 
     @property
@@ -100,100 +96,94 @@ class ShardedOptimizer(torch.optim.Optimizer):
         pass
 
     def add_param_group(self, param_group: dict) -> None:
-        """Shares the group out: largest first, each to the rank that owns least. Same input, same owners on all ranks."""
+        """Shares the group out: largest first, each to the rank that owns least. All ranks come to the same result."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for p in sorted(group["params"], key=lambda p: -p.numel()):            # sorted() is stable: ties keep their order
-            owner = min(range(self._world_size), key=lambda r: self._elements[r])
+        for p in sorted(group["params"], key=lambda p: -p.numel()):            # stable: ties keep their order
+            owner = self._elements.index(min(self._elements))
             self.owner[p] = owner
             self._elements[owner] += p.numel()
-        options = {k: v for k, v in group.items() if k != "params"}
-        for parameters in _split(group["params"], self.ROUND_BYTES * self._world_size):
-            mine = [p for p in parameters if self.owner[p] == self._rank]      # may be empty: torch allows such groups
-            inner = self._optimizer_cls([{**options, "params": mine}], **self._kwargs)
+        rounds, filled = {0: []}, 0
+        for p in group["params"]:
+            rounds.setdefault(int(filled // (self.ROUND_BYTES * self._world_size)), []).append(p)
+            filled += p.numel() * p.element_size()
+        for parameters in rounds.values():
+            mine = [p for p in parameters if self.owner[p] == self._rank]      # may be none: torch allows empty groups
+            inner = self._optimizer_cls([{**_options(group), "params": mine}], **self._kwargs)
             for key, value in inner.param_groups[0].items():
-                group.setdefault(key, value)                                   # the class's own defaults: lr, betas, ...
+                group.setdefault(key, value)                                   # the class's defaults: lr, betas, ...
             self._rounds.append((len(self.param_groups) - 1, parameters, inner))
 
     def step(self, closure=None):
-        """Updates what this rank owns, then everyone has everything. Returns the closure's loss, if one is given."""
+        """Updates what this rank owns, then sends it to all. Returns the closure's loss, if a closure is given."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, _, inner in self._rounds:                                   # a schedule changed the outer group
-            inner.param_groups[0].update({k: v for k, v in self.param_groups[group].items() if k != "params"})
+        for g, _, inner in self._rounds:                                       # a schedule changes the outer group
+            inner.param_groups[0].update(_options(self.param_groups[g]))
         in_flight = []
         for _, parameters, inner in self._rounds:
             inner.step()
-            for p in parameters:
-                if p.requires_grad:
-                    in_flight.append(_broadcast(p, self.owner[p], async_op=True))
+            in_flight += [_broadcast(p, self.owner[p], async_op=True) for p in parameters if p.requires_grad]
         for work in in_flight:
             if work is not None:
                 work.wait()
-        for group, _, inner in self._rounds:                                   # some optimizers count steps in the group
-            self.param_groups[group].update({k: v for k, v in inner.param_groups[0].items() if k != "params"})
+        for g, _, inner in self._rounds:                                       # some optimizers count in the group
+            self.param_groups[g].update(_options(inner.param_groups[0]))
         return loss
 
     def state_dict(self, rank: int | None = None) -> dict:
-        """The whole state, on the CPU, in the form of the plain optimizer's state_dict(). All ranks must call it.
-        Args: rank: only this one keeps the tensors (the others get an empty "state"); None: all do."""
-        everyone = [p for group in self.param_groups for p in group["params"]]
-        state = self.state
-        small, large = {}, {}                                                  # small: travels pickled
-        for i, p in enumerate(everyone):
-            if p in state:
-                large[i] = {k: (v.shape, v.dtype) for k, v in state[p].items()
-                            if isinstance(v, Tensor) and v.device == p.device and v.numel() > 1}
-                small[i] = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state[p].items() if k not in large[i]}
-        gathered: list = [None] * self._world_size
-        dist.all_gather_object(gathered, (small, large))
+        """The plain optimizer's state_dict(), gathered on the CPU: loads on any number of ranks, or without sharding.
+        All ranks must call it. Args: rank: only this one keeps the tensors, the others an empty "state"; None: all."""
+        parameters, state = [p for group in self.param_groups for p in group["params"]], self.state
+
+        def light(p: Tensor, v):                                               # goes ahead, pickled: what there is
+            return v if not isinstance(v, Tensor) else v.to("meta") if v.device == p.device and v.dim() else v.cpu()
+        mine = {i: {k: light(p, v) for k, v in state[p].items()} for i, p in enumerate(parameters) if p in state}
+        everyones: list = [None] * self._world_size
+        dist.all_gather_object(everyones, mine)
         whole: dict[int, dict] = {}
-        for i, p in enumerate(everyone):
-            small, large = gathered[self.owner[p]]
-            if i not in small:
-                continue
-            entry = dict(small[i])
-            for key, (shape, dtype) in large[i].items():
-                value = state[p][key].contiguous() if p in state else torch.empty(shape, dtype=dtype, device=p.device)
-                _broadcast(value, self.owner[p])
-                entry[key] = value.cpu().clone() if rank in (None, self._rank) else None
-            if rank in (None, self._rank):
+        for i, p in enumerate(parameters):
+            entry = everyones[self.owner[p]].get(i)
+            for key, value in (entry or {}).items():
+                if isinstance(value, Tensor) and value.is_meta:
+                    value = state[p][key].contiguous() if p in state else torch.empty_like(value, device=p.device)
+                    _broadcast(value, self.owner[p])
+                    entry[key] = value.cpu().clone() if rank in (None, self._rank) else None
+            if entry is not None and rank in (None, self._rank):
                 whole[i] = entry
-        index = {p: i for i, p in enumerate(everyone)}
-        groups = [{**{k: v for k, v in group.items() if k != "params"}, "params": [index[p] for p in group["params"]]}
-                  for group in self.param_groups]
-        return {"state": whole, "param_groups": groups}
+        index = {p: i for i, p in enumerate(parameters)}
+        return {"state": whole, "param_groups": [{**_options(group), "params": [index[p] for p in group["params"]]}
+                                                 for group in self.param_groups]}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what state_dict() gave, here or on another number of ranks, or a plain optimizer's. Every rank loads its own
-        part of the same whole. Raises: ValueError if it was made for other groups of parameters."""
-        saved = state_dict["param_groups"]
-        have, want = [len(g["params"]) for g in saved], [len(g["params"]) for g in self.param_groups]
-        if have != want:
-            raise ValueError(f"the checkpoint's groups hold {have} parameters, this optimizer's {want}; "
-                             "build the optimizer with the same parameters, in the same order")
-        saved_index = {p: i for group, theirs in zip(self.param_groups, saved)
-                       for p, i in zip(group["params"], theirs["params"])}
+        """Takes what state_dict() gave, on any number of ranks, or a plain optimizer's: all ranks load the same whole.
+        Raises: ValueError if it was made for other groups of parameters."""
+        entries = dict(_entries(self, state_dict))
         for g, _, inner in self._rounds:
-            mine = inner.param_groups[0]["params"]
-            options = {k: v for k, v in saved[g].items() if k != "params"}
-            part = {j: dict(state_dict["state"][saved_index[p]]) for j, p in enumerate(mine)
-                    if saved_index[p] in state_dict["state"]}
-            inner.load_state_dict({"state": part, "param_groups": [{**options, "params": list(range(len(mine)))}]})
+            mine, options = inner.param_groups[0]["params"], _options(state_dict["param_groups"][g])
+            inner.load_state_dict({"state": {j: dict(entries[p]) for j, p in enumerate(mine) if p in entries},
+                                   "param_groups": [{**options, "params": list(range(len(mine)))}]})
             self.param_groups[g].update(options)
 
 
-def _split(parameters: list[Tensor], round_bytes: float) -> list[list[Tensor]]:
-    rounds, filled = [[]], 0
-    for p in parameters:
-        if rounds[-1] and filled > round_bytes:
-            rounds.append([])
-            filled = 0
-        rounds[-1].append(p)
-        filled += p.numel() * p.element_size()
-    return rounds
+def _options(group: dict) -> dict:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _copied(state_dict: dict) -> dict:
+    """So that entries can be replaced: torch's state_dict() hands out the optimizer's own dictionaries."""
+    return {**state_dict, "state": {i: dict(entry) for i, entry in state_dict["state"].items()}}
+
+
+def _entries(optimizer: torch.optim.Optimizer, state_dict: dict) -> list[tuple[Tensor, dict]]:
+    """Each parameter of the optimizer with its entry in a state dict. Raises: ValueError if the groups do not match."""
+    ours, theirs = [g["params"] for g in optimizer.param_groups], [g["params"] for g in state_dict["param_groups"]]
+    if [len(g) for g in ours] != [len(g) for g in theirs]:
+        raise ValueError(f"the checkpoint's groups hold {[len(g) for g in theirs]} parameters, this optimizer's "
+                         f"{[len(g) for g in ours]}; build the optimizer with the same parameters, in the same order")
+    return [(p, state_dict["state"][i]) for g, h in zip(ours, theirs) for p, i in zip(g, h) if i in state_dict["state"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,7 +194,8 @@ class _Shard:
 
     def __init__(self, p: nn.Parameter, world_size: int):
         self.parameter, self.shape, self.numel, self.stored_dtype = p, p.shape, p.numel(), p.dtype
-        self.size = -(-p.numel() // world_size)                                # elements a rank: the last ones are padding
+        self.stride = torch.empty(p.shape, device="meta").stride()
+        self.size = -(-p.numel() // world_size)                                # elements a rank; the last are padding
 
     def cut(self, whole: Tensor, rank: int) -> Tensor:
         """This rank's piece of a whole tensor of the parameter's shape, flat, padded with zeros."""
@@ -240,7 +231,7 @@ class _Unit:
         self.fsdp, self.name, self.module = fsdp, name, module
         self.shards: list[_Shard] = []
         self.places: list[tuple[nn.Module, str, int]] = []                     # module.name is shards[i]
-        self.casts: list[tuple[nn.Module, str, nn.Parameter]] = []             # a bias has to have its weight's dtype
+        self.casts: list[tuple[nn.Module, str, nn.Parameter]] = []             # a bias takes its weight's dtype
         for member in members:
             own = {k: p for k, p in member._parameters.items() if p is not None}
             for attribute, p in own.items():
@@ -249,38 +240,38 @@ class _Unit:
                     if shard not in self.shards:
                         self.shards.append(shard)
                     self.places.append((member, attribute, self.shards.index(shard)))
-                elif fsdp.compute_dtype and p.is_floating_point() and (
-                        any(q in fsdp._shards for q in own.values()) or isinstance(member, (nn.LayerNorm, nn.GroupNorm))):
+                elif fsdp.compute_dtype and p.is_floating_point() and (isinstance(member, (nn.LayerNorm, nn.GroupNorm))
+                                                                       or any(q in fsdp._shards for q in own.values())):
                     self.casts.append((member, attribute, p))
         self.buffers: list[Tensor] = []                                        # (N s), whose storage comes and goes
+        for shard in self.shards:
+            dtype = fsdp.compute_dtype or shard.stored_dtype
+            self.buffers.append(torch.empty(shard.size * fsdp.world_size, dtype=dtype, device=shard.parameter.device))
+            self.buffers[-1].untyped_storage().resize_(0)
+        self.bytes = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
         self.works: list[dist.Work] = []                                       # gathers under way
         self.versions: list[int] | None = None                                 # of the parameters gathered; None: freed
         self.active: set[_Call] = set()                                        # backward has begun and is not over
         self.expected = 0                                                      # backwards that will come
         self.call: _Call | None = None
 
-    def allocate(self) -> None:
-        for shard in self.shards:
-            dtype = self.fsdp.compute_dtype or shard.stored_dtype
-            buffer = torch.empty(shard.size * self.fsdp.world_size, dtype=dtype, device=shard.parameter.device)
-            buffer.untyped_storage().resize_(0)
-            self.buffers.append(buffer)
-
     @torch.no_grad()
     def gather(self) -> None:
-        """Starts the all-gathers, unless they are done or under way. NCCL runs them on a stream of its own, which waits for
-        what this stream was given before: so memory freed earlier on this stream can be written without a race."""
+        """Starts the all-gathers, unless they are done or under way. NCCL runs them on a stream of its own, which waits
+        for what this stream was given before: so memory freed on this stream can be written without a race."""
+        versions = [shard.parameter._version for shard in self.shards]
+        if self.versions is not None and not self.active and self.versions != versions:
+            self.free()                           # was gathered for a forward that did not come before optimizer.step()
         if self.versions is not None:
             return
-        self.versions = [shard.parameter._version for shard in self.shards]
+        self.versions = versions
         for shard, buffer in zip(self.shards, self.buffers):
             buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
             mine = buffer[self.fsdp.rank * shard.size:(self.fsdp.rank + 1) * shard.size]
             mine.copy_(shard.parameter)                                        # the cast; the gather is in place
             if self.fsdp.world_size > 1 and shard.size:
                 self.works.append(_all_gather(buffer, mine))
-        self.fsdp._count_bytes(sum(b.numel() * b.element_size() for b in self.buffers))
-        self.fsdp._note("gather", self)
+        self.fsdp._record("gather", self, self.bytes)
 
     def wait(self) -> None:
         for work in self.works:
@@ -294,22 +285,15 @@ class _Unit:
             for buffer in self.buffers:
                 buffer.untyped_storage().resize_(0)
             self.versions = None
-            self.fsdp._count_bytes(-sum(b.numel() * b.element_size() for b in self.buffers))
-            self.fsdp._note("free", self)
-
-    def stale(self) -> bool:
-        """Gathered ahead for a forward that did not come, and the optimizer has stepped since."""
-        return self.versions is not None and not self.active and \
-            self.versions != [shard.parameter._version for shard in self.shards]
+            self.fsdp._record("free", self, -self.bytes)
 
     def whole(self, i: int) -> Tensor:
-        """A tensor over the buffer with a version counter of its own: autograd keeps it while the storage comes and goes."""
-        buffer, shape = self.buffers[i], self.shards[i].shape
-        alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
-        return alias.set_(buffer.untyped_storage(), 0, shape, torch.empty(shape, device="meta").stride())
+        """A tensor over the buffer with its own version counter: autograd keeps it while the storage comes and goes."""
+        buffer, shard = self.buffers[i], self.shards[i]
+        return buffer.new_empty(0).set_(buffer.untyped_storage(), 0, shard.shape, shard.stride)
 
     def expose(self, call: _Call) -> None:
-        """While the unit works, module.weight is the whole weight: an attribute that hides the Parameter of that name."""
+        """While the unit works, module.weight is the whole weight: an attribute that hides the Parameter behind it."""
         whole = [_Gathered.apply(shard.parameter, self, i, call) if shard.parameter.requires_grad else self.whole(i)
                  for i, shard in enumerate(self.shards)]
         for member, attribute, i in self.places:
@@ -333,27 +317,26 @@ class _Unit:
 
 
 def _all_gather(whole: Tensor, mine: Tensor, async_op: bool = True) -> dist.Work | None:
-    function = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor    # renamed in torch 2.13
-    return function(whole, mine, async_op=async_op)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor       # renamed in torch 2.13
+    return gather(whole, mine, async_op=async_op)
 
 
 class FSDP(nn.Module):
-    """Fully sharded data parallelism: a rank keeps 1/N of every weight matrix, of its gradient and of its optimizer state.
+    """Fully sharded data parallelism: a rank keeps 1/N of every weight matrix, of its gradient and its optimizer state.
 
     Args:
         module: the same on every rank, on this rank's device; its values become rank 0's.
-        compute_dtype: the dtype in which weights are gathered and used (torch.bfloat16, say); None: the one they have.
-        reduce_dtype: the dtype in which gradients are summed over the ranks; the sum ends in float32 either way.
-    Parameters of two or more dimensions become flat float32 shards (padded to the same size on all ranks); the Parameter
-    objects and names stay, so build the optimizer afterwards on fsdp.parameters(). Sort parameters into groups by p.dim()
-    before wrapping. Other parameters stay whole and keep their dtype.
+        compute_dtype: in which weights are gathered and used (torch.bfloat16, say); None: the one that they have.
+        reduce_dtype: in which gradients are summed over the ranks; what arrives in .grad is float32 either way.
+    Parameters of two or more dimensions become flat float32 shards, padded to one size on all ranks. The Parameter
+    objects and names stay: build the optimizer afterwards, but sort parameters into groups by p.dim() before.
+    A step:  loss_fn(fsdp(x), y).backward(); fsdp.finish_gradient_synchronization(); optimizer.step()
 
-    A step:  loss_fn(fsdp(x), y).backward(); fsdp.finish_gradient_synchronization(); fsdp.clip_grad_norm_(1.0); optimizer.step()
-    Each entry of an nn.ModuleList or nn.Sequential is gathered as one unit, and every other module that owns a weight is
-    one; the next unit's gather runs beside this one's computation, in forward and in backward. Units have to be called as
-    modules, in the same order on all ranks, in evaluation too; a weight used outside its module is had by gathered().
-    Compile with `block.forward = torch.compile(block.forward)`. Checkpoint with use_reentrant=False.
-    Raises: ValueError if torch.distributed is not running.
+    What is gathered together is an entry of an nn.ModuleList or nn.Sequential, or else a module that owns a weight. The
+    next one's gather runs beside this one's computation, forward and backward. Call them as modules, in one order on
+    all ranks, evaluation too; gathered() gives a weight that is used outside its module. Float inputs are cast to
+    compute_dtype. Compile with `block.forward = torch.compile(block.forward)`; checkpoint with use_reentrant=False.
+    Raises: ValueError if torch.distributed is not running, or a parameter is on a device the backend cannot reach.
     Source: arXiv:2304.11277, sections 3.2 and 3.3.
     """
 
@@ -367,39 +350,35 @@ class FSDP(nn.Module):
         self._nccl = dist.get_backend() == "nccl"
         self.gathered_bytes = self.peak_gathered_bytes = 0
         self.log = None                                                        # called with ("gather" | ..., unit name)
-        for t in [*module.parameters(), *module.buffers()]:
+        for name, t in [*module.named_parameters(), *module.named_buffers()]:
+            if self._nccl != t.is_cuda:
+                raise ValueError(f"{name} is on {t.device}, out of {dist.get_backend()}'s reach; move the module first")
             _broadcast(t, 0)
         self._shards = {p: _Shard(p, self.world_size) for p in module.parameters()
                         if p.dim() >= 2 and p.is_floating_point()}
         self._pending: list[tuple[_Call, _Shard, Tensor, dist.Work | None]] = []
-        self._units = [_Unit(self, *found) for found in _find_units(module)]   # in registration order
+        self._units = [_Unit(self, *found) for found in _find_units(module)]
+        self._order: list[_Unit] = []                                          # as forward used them, in the first step
+        self._order_known = False
         for shard in self._shards.values():
             shard.parameter.data = shard.cut(shard.parameter.detach(), self.rank).float().clone()
             shard.parameter.grad = None
-        for k, unit in enumerate(self._units):
-            unit.allocate()
+        for unit in self._units:
             unit.module.register_forward_pre_hook(
-                lambda m, args, kwargs, k=k: self._before_forward(k, args, kwargs), with_kwargs=True)
-            unit.module.register_forward_hook(lambda m, args, output, k=k: self._after_forward(k, output))
+                lambda m, args, kwargs, unit=unit: self._before_forward(unit, args, kwargs), with_kwargs=True)
+            unit.module.register_forward_hook(lambda m, args, output, unit=unit: self._after_forward(unit, output))
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
     def no_sync(self):
-        """For the same loop as with DDP. It changes nothing: every micro-batch's gradients are reduce-scattered at once,
-        since to keep them whole would need the memory that sharding saves."""
+        """As in DDP, for the same loop, but without effect: each micro-batch's gradients are reduce-scattered at once,
+        since keeping them whole would take the memory that sharding saves."""
         return contextlib.nullcontext()
 
-    # -- forward: gather this unit, start the next, free it afterwards
-
-    def _before_forward(self, k: int, args: tuple, kwargs: dict):
-        unit = self._units[k]
+    def _before_forward(self, unit: _Unit, args: tuple, kwargs: dict):
         in_backward = torch._C._current_graph_task_id() != -1                  # a checkpoint recomputes
-        if unit.stale():
-            unit.free()
-        unit.gather()
-        unit.wait()
-        self._prefetch(k + 1, only_if_expected=in_backward)
+        self._use(unit, 1, in_backward)
         unit.call = _Call({i for i, shard in enumerate(unit.shards) if shard.parameter.requires_grad})
         if self.compute_dtype:
             cast = lambda x: x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -412,38 +391,37 @@ class FSDP(nn.Module):
         unit.expose(unit.call)
         return args, kwargs
 
-    def _after_forward(self, k: int, output) -> None:
-        unit, call = self._units[k], self._units[k].call
+    def _after_forward(self, unit: _Unit, output) -> None:
+        call = unit.call
         in_backward = torch._C._current_graph_task_id() != -1
         outputs = [t for t in _tensors(output) if t.requires_grad]
         if outputs and not _is_lookup(outputs):
             unit.expected += not in_backward
             for t in outputs:
-                t.register_hook(lambda _, call=call: self._before_backward(k, call))
+                t.register_hook(lambda _: self._before_backward(unit, call))
         if not in_backward:
             unit.hide()
-            if not (outputs and k == len(self._units) - 1):                    # the last unit's backward comes at once
+            if not (outputs and self._order_known and unit is self._order[-1]):   # the last one's backward is next
                 unit.free()
 
-    def _prefetch(self, k: int, only_if_expected: bool) -> None:
-        if 0 <= k < len(self._units) and (self._units[k].expected or not only_if_expected):
-            if self._units[k].stale():
-                self._units[k].free()
-            self._units[k].gather()
+    def _use(self, unit: _Unit, direction: int, in_backward: bool) -> None:
+        """Has the unit's weights ready, and starts to gather those of the unit after (before) it in the first step."""
+        if not self._order_known and unit not in self._order:
+            self._order.append(unit)
+        unit.gather()
+        unit.wait()
+        k = self._order.index(unit) + direction if unit in self._order else -1
+        if 0 <= k < len(self._order) and (self._order[k].expected or not in_backward):
+            self._order[k].gather()
 
-    # -- backward: gather again, reduce-scatter each gradient when it is there, free
-
-    def _before_backward(self, k: int, call: _Call) -> None:
-        unit = self._units[k]
+    def _before_backward(self, unit: _Unit, call: _Call) -> None:
         if call in unit.active or not call.missing:                            # one of several outputs was first
             return
         unit.active.add(call)
         unit.expected = max(0, unit.expected - 1)
-        unit.gather()
-        unit.wait()
+        self._use(unit, -1, in_backward=True)
         with torch.enable_grad():
             unit.expose(call)                                                  # for a checkpoint inside the unit
-        self._prefetch(k - 1, only_if_expected=True)
 
     @torch.no_grad()
     def _reduce(self, unit: _Unit, i: int, call: _Call, gradient: Tensor) -> None:
@@ -465,7 +443,7 @@ class FSDP(nn.Module):
         # Both tensors are held until the sum is there: the communication stream reads one and writes the other.
         self._pending.append((call, shard, mine, whole, work))
         if unit.finished(call, i):
-            self._note("reduce", unit)
+            self._record("reduce-scatter", unit, 0)
             self._settle(keep=call)                    # the unit before this one had all of this backward to be summed
 
     @torch.no_grad()
@@ -487,8 +465,9 @@ class FSDP(nn.Module):
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
-        """Waits for the last sums, averages the gradients of the parameters that are not sharded, frees what is left."""
+        """Waits for the last sums, averages the gradients of the parameters that stay whole, frees what is left."""
         self._settle()
+        self._order_known = bool(self._order)
         for unit in self._units:
             unit.active.clear()
             unit.expected = 0
@@ -516,35 +495,27 @@ class FSDP(nn.Module):
         Call on all ranks, after finish_gradient_synchronization(). Does not wait for the device."""
         sharded = [p.grad for p in self._shards if p.grad is not None]
         others = [p.grad for p in self.module.parameters() if p.grad is not None and p not in self._shards]
-        device = next(self.module.parameters()).device
-        square = lambda gradients: sum((n.float() ** 2 for n in torch._foreach_norm(gradients)) if gradients else (),
-                                       start=torch.zeros((), device=device))
+        square = lambda gradients: torch.stack([n.float() for n in torch._foreach_norm(gradients)] or
+                                               [next(self.module.parameters()).new_zeros(())]).square().sum()
         total = square(sharded)
         dist.all_reduce(total)
         norm = (total + square(others)).sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in sharded + others:
-            gradient *= scale.to(gradient.dtype)
+        torch._foreach_mul_(sharded + others, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     def gathered(self, parameter: nn.Parameter) -> Tensor:
-        """The whole of a parameter, to be used outside its module (a chunked loss takes lm_head.weight, say). Its gradient
-        finds the way back; the memory is freed then, or by finish_gradient_synchronization()."""
+        """The whole of a parameter, for use outside its module (lm_head.weight in a chunked loss, say). Its gradient
+        finds the way back; the memory goes free then, or with finish_gradient_synchronization()."""
         if parameter not in self._shards:
             return parameter
         unit = [u for u in self._units if self._shards[parameter] in u.shards][-1]
         i = unit.shards.index(self._shards[parameter])
-        if unit.stale():
-            unit.free()
-        unit.gather()
-        unit.wait()
+        self._use(unit, 1, in_backward=False)
         if not (parameter.requires_grad and torch.is_grad_enabled()):
             return unit.whole(i)
         call = _Call({i})
         unit.active.add(call)
         return _Gathered.apply(parameter, unit, i, call)
-
-    # -- checkpoints that know nothing of ranks
 
     @torch.no_grad()
     def _whole(self, shard: _Shard, mine: Tensor, keep: bool) -> Tensor | None:
@@ -556,11 +527,10 @@ class FSDP(nn.Module):
         """The module's state dict with whole tensors, on the CPU, under the module's own names. All ranks must call it.
         Args: rank: only this one keeps it, the others get {}; None: all do."""
         keep = rank in (None, self.rank)
-        done: dict[Tensor, Tensor] = {}                                        # tied names get the same tensor
-        for t in self.module.state_dict(keep_vars=True).values():
-            if t not in done:
-                done[t] = self._whole(self._shards[t], t.detach(), keep) if t in self._shards else t.detach().cpu().clone()
-        return {name: done[t] for name, t in self.module.state_dict(keep_vars=True).items()} if keep else {}
+        own = self.module.state_dict(keep_vars=True)
+        whole = {t: self._whole(self._shards[t], t.detach(), keep) if t in self._shards else t.detach().cpu().clone()
+                 for t in dict.fromkeys(own.values())}                         # tied names share a tensor
+        return {name: whole[t] for name, t in own.items()} if keep else {}
 
     @torch.no_grad()
     def load_full_state_dict(self, state_dict: dict[str, Tensor]) -> None:
@@ -573,7 +543,7 @@ class FSDP(nn.Module):
         for name, t in own.items():
             shape = self._shards[t].shape if t in self._shards else t.shape
             if state_dict[name].shape != shape:
-                raise ValueError(f"{name} is {tuple(state_dict[name].shape)} in the state dict, {tuple(shape)} in the model")
+                raise ValueError(f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(shape)}")
         for name, t in own.items():
             t.data.copy_(self._shards[t].cut(state_dict[name], self.rank) if t in self._shards else state_dict[name])
         for unit in self._units:
@@ -582,39 +552,28 @@ class FSDP(nn.Module):
     def full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, rank: int | None = None) -> dict:
         """What optimizer.state_dict() would be without sharding, on the CPU. All ranks must call it; rank: as above."""
         keep = rank in (None, self.rank)
-        local = optimizer.state_dict()
-        for p, entry in _entries(optimizer, local):
+        whole = _copied(optimizer.state_dict())
+        for p, entry in _entries(optimizer, whole):
             for key, value in entry.items():
                 if isinstance(value, Tensor):
                     entry[key] = self._whole(self._shards[p], value, keep) if p in self._shards and \
                         value.shape == p.shape else value.cpu().clone()
-        return local if keep else {**local, "state": {}}
+        return whole if keep else {**whole, "state": {}}
 
     def load_full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
         """Loads what full_optimizer_state_dict() gave, or a plain optimizer's state_dict() of the same model."""
-        state_dict = {**state_dict, "state": {i: dict(entry) for i, entry in state_dict["state"].items()}}
+        state_dict = _copied(state_dict)
         for p, entry in _entries(optimizer, state_dict):
             for key, value in entry.items():
                 if isinstance(value, Tensor) and p in self._shards and value.shape == self._shards[p].shape:
                     entry[key] = self._shards[p].cut(value, self.rank)
         optimizer.load_state_dict(state_dict)
 
-    def _count_bytes(self, change: int) -> None:
-        self.gathered_bytes += change
+    def _record(self, event: str, unit: _Unit, bytes_more: int) -> None:
+        self.gathered_bytes += bytes_more
         self.peak_gathered_bytes = max(self.peak_gathered_bytes, self.gathered_bytes)
-
-    def _note(self, event: str, unit: _Unit) -> None:
         if self.log:
             self.log(event, unit.name)
-
-
-def _entries(optimizer: torch.optim.Optimizer, state_dict: dict) -> list[tuple[Tensor, dict]]:
-    """Each parameter of the optimizer with its entry in a state dict. Raises: ValueError if the groups do not match."""
-    ours, theirs = [g["params"] for g in optimizer.param_groups], [g["params"] for g in state_dict["param_groups"]]
-    if [len(g) for g in ours] != [len(g) for g in theirs]:
-        raise ValueError(f"the checkpoint's groups hold {[len(g) for g in theirs]} parameters, this optimizer's "
-                         f"{[len(g) for g in ours]}; build the optimizer with the same parameters, in the same order")
-    return [(p, state_dict["state"][i]) for g, h in zip(ours, theirs) for p, i in zip(g, h) if i in state_dict["state"]]
 
 
 def _find_units(module: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module]]]:
@@ -629,20 +588,18 @@ def _find_units(module: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module]
         members = list(m.modules()) if block or isinstance(m, nn.MultiheadAttention) else [m]
         if any(p is not None and p.dim() >= 2 for member in members for p in member._parameters.values()):
             units.append((name, m, members))
-        if len(members) == 1:
-            for child_name, child in m.named_children():
-                container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-                walk(f"{name}.{child_name}".lstrip("."), child, not container and (
-                    isinstance(m, nn.ModuleList) or isinstance(m, nn.Sequential) and not isinstance(child, nn.Sequential)))
+        for child_name, child in m.named_children() if len(members) == 1 else ():
+            in_sequence = isinstance(m, nn.Sequential) and not isinstance(child, nn.Sequential)
+            container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
+            walk(f"{name}.{child_name}".lstrip("."), child,
+                 (isinstance(m, nn.ModuleList) or in_sequence) and not container)
     walk("", module, False)
     return units
 
 
 def _tensors(output) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return [t for part in parts for t in _tensors(part)]
+    return [output] if isinstance(output, Tensor) else [t for part in parts for t in _tensors(part)]
 
 
 def _is_lookup(outputs: list[Tensor]) -> bool:
@@ -650,3 +607,186 @@ def _is_lookup(outputs: list[Tensor]) -> bool:
     node = outputs[0].grad_fn
     return len(outputs) == 1 and node.name() in ("EmbeddingBackward0", "IndexBackward0") and \
         any(next_node is not None and "_Gathered" in next_node.name() for next_node, _ in node.next_functions)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+
+def bytes_held(parameters: int, world_size: int, stage: int, weight=4, gradient=4, state=8) -> float:
+    """Bytes that a rank holds between steps. Source: arXiv:1910.02054, section 3.1 and figure 1.
+    Example: bytes_held(8_130_000_000, 2, stage=3) / 1e9 -> 65.04"""
+    return parameters * {0: weight + gradient + state, 1: weight + gradient + state / world_size,
+                         3: (weight + gradient + state) / world_size}[stage]
+
+
+class _Model(nn.Module):
+    """Embedding, blocks, head; returns the loss of predicting each token from those around it."""
+
+    def __init__(self, width: int, layers: int, vocab_size: int):
+        super().__init__()
+        self.embeddings = nn.Embedding(vocab_size, width)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
+            width, max(1, width // 128), 4 * width, 0.0, batch_first=True, norm_first=True, bias=False)
+            for _ in range(layers))
+        self.head = nn.Linear(width, vocab_size, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embeddings(ids)
+        for block in self.layers:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.roll(-1, 1).flatten())
+
+
+def _explain(rank: int, world_size: int) -> None:
+    say = print if rank == 0 else lambda *_, **__: None
+    batches = torch.randint(50, (3, world_size, 2, 9), generator=torch.Generator().manual_seed(0))
+
+    def train(wrap=lambda m: m, optimizer_cls=torch.optim.AdamW):
+        """Three steps. Returns the wrapped model, the optimizer, and the bytes that this rank holds then."""
+        torch.manual_seed(0)
+        wrapped = wrap(_Model(16, 2, 50))
+        optimizer = optimizer_cls(wrapped.parameters())
+        for step, batch in enumerate(batches):
+            if isinstance(wrapped, FSDP):
+                wrapped.log = (lambda event, unit: say(f"   {event:15s}{unit}")) if step == 1 else None
+            optimizer.zero_grad()
+            wrapped(batch[rank]).backward()
+            if isinstance(wrapped, FSDP):
+                wrapped.finish_gradient_synchronization()
+            else:
+                for p in wrapped.parameters():
+                    dist.all_reduce(p.grad)
+                    p.grad /= world_size
+            optimizer.step()
+        held = [t for p in wrapped.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values()) if t.dim()]
+        return wrapped, optimizer, sum({t.data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    plain, _, plain_bytes = train()
+    say("1. Stage 1: who keeps whose moments, balanced by size")
+    zero, optimizer, zero_bytes = train(optimizer_cls=lambda ps: ShardedOptimizer(ps, torch.optim.AdamW))
+    for r in range(world_size):
+        owned = [name for name, p in zero.named_parameters() if optimizer.owner[p] == r]
+        say(f"   rank {r}, {optimizer._elements[r]:,} elements: {', '.join(owned)}")
+    say("2. Stage 3: a step on rank 0. The next unit is gathered before this one computes; the head, last in forward\n"
+        "   and first in backward, is kept; an embedding's backward needs no weight")
+    fsdp, _, fsdp_bytes = train(FSDP)
+    say("3. Bytes held between steps by rank 0 (AdamW, fp32)     predicted  measured")
+    P = sum(p.numel() for p in plain.parameters())
+    pair = max(a.bytes + b.bytes for a, b in zip(fsdp._units, fsdp._units[1:]))
+    for name, predicted, measured in [("plain data parallelism", bytes_held(P, world_size, 0), plain_bytes),
+                                      ("ZeRO-1", bytes_held(P, world_size, 1), zero_bytes),
+                                      ("FSDP", bytes_held(P, world_size, 3), fsdp_bytes),
+                                      ("FSDP, at most beside it: two units' weights", pair, fsdp.peak_gathered_bytes)]:
+        say(f"   {name:50s} {predicted:11,.0f} {measured:9,d}")
+    for name, state, bound in [("ZeRO-1", zero.state_dict(), 0.0), ("FSDP", fsdp.full_state_dict(), 1e-6)]:
+        worst = max((state[key] - value).abs().max().item() for key, value in plain.state_dict().items())
+        if worst > bound:
+            raise AssertionError(f"{name} differs from plain data parallelism by {worst:.1e}, more than {bound:.0e}")
+        say(f"check: {name} = plain data parallelism after 3 steps, to {worst:.1e}  OK")
+
+
+def self_check() -> None:
+    """Two gloo ranks: ZeRO-1 is plain data parallelism bit for bit; FSDP to 1e-6, the rounding of fp32 weights near 1
+    (without the division by N it is off by 1e-3)."""
+    spawn(_explain, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bench
+
+def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float]:  # twin: ddp.py
+    """Median over the repeats (after two to warm up) of the slowest rank's time, and the spread (max - min)."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    times = torch.zeros(repeats + 2, dtype=torch.float64, device=device)
+    for i in range(repeats + 2):
+        dist.barrier(), wait()
+        start = time.perf_counter()
+        f(), wait()
+        times[i] = time.perf_counter() - start
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    return times[2:].median().item(), (times[2:].max() - times[2:].min()).item()
+
+
+def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
+    """One step with each kind of sharding and with torch's own: time, and memory beside the sum.
+
+    Stages 0 and 1 hold bf16 weights, gradients and moments on a GPU (2 + 2 + 4 bytes), stage 3 fp32 ones and computes
+    in bf16; on a CPU all is fp32. Memory is measured with 64 tokens, so that activations hardly count."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    cuda = dist.get_backend() == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    width, layers = args.width or (2560 if cuda else 128), args.layers or (32 if cuda else 4)
+    B, T, low = args.batch or (4 if cuda else 2), args.length or (512 if cuda else 64), torch.bfloat16 if cuda else None
+    options = dict(lr=1e-4, fused=cuda)
+
+    def fully_sharded(model: nn.Module) -> nn.Module:
+        for m in [*model.layers, model.embeddings, model.head, model]:
+            fully_shard(m, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low))
+        return model
+    replicated = lambda m: nn.parallel.DistributedDataParallel(m.to(low or torch.float32), gradient_as_bucket_view=True)
+    adamw = lambda ps: torch.optim.AdamW(ps, **options)
+    for name, stage, wrap, make in [
+            ("torch DDP, AdamW", 0, replicated, adamw),
+            ("  ZeroRedundancyOptimizer", 1, replicated,
+             lambda ps: ZeroRedundancyOptimizer(ps, torch.optim.AdamW, **options)),
+            ("  ShardedOptimizer", 1, replicated, lambda ps: ShardedOptimizer(ps, torch.optim.AdamW, **options)),
+            ("torch fully_shard, AdamW", 3, fully_sharded, adamw),
+            ("FSDP, AdamW", 3, lambda m: FSDP(m, low, low or torch.float32), adamw)]:
+        base = torch.cuda.memory_allocated() if cuda else 0
+        with torch.device(device):
+            model = _Model(width, layers, args.vocab)
+        wrapped = wrap(model)
+        if stage == 0:
+            P, units = sum(p.numel() for p in model.parameters()), [model.embeddings, model.layers[0]]
+            whole = sum(p.numel() for m in units for p in m.parameters())
+            if rank == 0:
+                print(f"{dist.get_backend()} | N = {world_size} | {P / 1e6:.0f} M parameters, width {width}, "
+                      f"{layers} layers, {B} x {T} tokens a rank")
+                print(f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
+        optimizer = make(wrapped.parameters())
+
+        def step(ids: Tensor) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            wrapped(ids).backward()
+            if isinstance(wrapped, FSDP):
+                wrapped.finish_gradient_synchronization()
+            optimizer.step()
+        for _ in range(2):                                                     # the first one makes the moments
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            step(torch.randint(args.vocab, (1, 64), device=device))
+        peak = f"{(torch.cuda.max_memory_allocated() - base) / 1e9:9.2f}" if cuda else f"{'-':>9s}"
+        # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
+        held = bytes_held(P, world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
+        predicted = (held + (whole * (4 if cuda else 8) if stage == 3 else 0)) / 1e9
+        ids = torch.randint(args.vocab, (B, T), device=device)
+        seconds, spread = _median_seconds(lambda: step(ids), device, args.repeats)
+        if rank == 0:
+            print(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {peak} {predicted:9.2f}", flush=True)
+        del model, wrapped, optimizer, step
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", action="store_true", help="time and measure each stage beside torch's own")
+    for name in ("width", "layers", "batch", "length"):
+        parser.add_argument(f"--{name}", type=int, help="of the model that --bench trains; batch, length: per rank")
+    parser.add_argument("--vocab", type=int, default=10_000)
+    parser.add_argument("--repeats", type=int, default=10)
+    args = parser.parse_args()
+    if "RANK" in os.environ and args.bench:                                    # torchrun started this process
+        if cuda := torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        bench(dist.get_rank(), dist.get_world_size(), args)
+        dist.destroy_process_group()
+    else:
+        spawn(bench, 2, args) if args.bench else self_check()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
