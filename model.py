@@ -1,7 +1,7 @@
 """model.py - a Transformer language model, every layer by hand.
 
 What:       token ids -> logits: RMSNorm, rotary positions, grouped-query attention, SwiGLU; the loss, plain and without
-            ever holding the logits; sampling with a KV cache; Hugging Face checkpoints in and out; what it all costs.
+            ever holding the logits; sampling with a KV cache; what it costs; Hugging Face checkpoints in and out.
 Source:     Vaswani et al. 2017, arXiv:1706.03762; RMSNorm arXiv:1910.07467 (eq. 4); RoPE arXiv:2104.09864 (eq. 34);
             SwiGLU arXiv:2002.05202 (eq. 6); grouped queries arXiv:2305.13245; top-p arXiv:1904.09751 (eq. 2).
 Deviations: normalises before each sub-layer and once at the end (in 2017: after each); no biases unless asked;
@@ -15,14 +15,13 @@ import glob
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 try:                                   # only the fast loss needs it
@@ -49,7 +48,7 @@ class ModelConfig:
     d_ff: int | None = None            # None: 8/3 d_model to the nearest 64 ("silu": 4 d_model, as many parameters)
     rope_theta: float = 10_000.0
     rope_layout: str = "interleaved"   # pairs (0, 1), (2, 3), ...; "half": pairs (0, K/2), ... as Hugging Face has it
-    rope_scaling: tuple = ()           # or ("llama3", factor, low, high, original context): longer contexts, Llama 3.1
+    rope_scaling: tuple = ()           # (factor, low, high, original context) of Llama 3.1's longer contexts
     norm_eps: float = 1e-5
     norm: str = "pre"                  # "pre" | "post" | "none"
     positions: str = "rope"            # "rope" | "none"
@@ -77,8 +76,6 @@ class ModelConfig:
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.rope_scaling and (self.rope_scaling[0] != "llama3" or len(self.rope_scaling) != 5):
-            raise ValueError(f"rope_scaling must be ('llama3', factor, low, high, original), got {self.rope_scaling}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.head_dim}")
 
@@ -146,34 +143,29 @@ def in_one_product(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the i-th pair of x at position p by the angle p * theta^(-2i/d_k), so that the dot product of a query and
-    a key depends only on how far apart they stand (eq. 34).
+    a key depends only on how far apart they stand (eq. 34). layout, scaling: see ModelConfig.
 
-    x (..., T, d_k); token_positions (..., T) int, any leading dimensions that broadcast with x's, or None for 0..T-1;
-    all below max_seq_len. layout, scaling: see ModelConfig. Returns x's shape and dtype; computed in fp32.
+    x (..., T, d_k); token_positions (..., T) int below max_seq_len, any leading dimensions that broadcast with x's, or
+    None for 0..T-1. Returns x's shape and dtype; computed in fp32.
     Example: position 1, theta 100, x = [1, 0, 0, 1] -> [cos 1, sin 1, -sin 0.1, cos 0.1]
     """
     def __init__(self, theta: float, d_k: int, max_seq_len: int, layout: str = "interleaved", scaling: tuple = ()):
         super().__init__()
         if d_k % 2:
             raise ValueError(f"RoPE turns pairs, so d_k must be even, got {d_k}")
-        self.theta, self.d_k, self.max_seq_len, self.layout, self.scaling = theta, d_k, max_seq_len, layout, scaling
-        self.fill(torch.get_default_device())
-
-    def fill(self, device) -> None:
-        """Compute the tables: in float64 on the CPU, so that they are the same on every device."""
-        frequencies = self.theta ** (-torch.arange(0, self.d_k, 2, device="cpu").double() / self.d_k)
-        if self.scaling:     # waves shorter than original/high stay, longer than original/low slow down by the factor
-            _, factor, low, high, original = self.scaling
+        self.layout = layout
+        frequencies = theta ** (-torch.arange(0, d_k, 2, device="cpu").double() / d_k)      # the same on every device
+        if scaling:          # waves shorter than original/high stay, longer than original/low slow down by the factor
+            factor, low, high, original = scaling
             blend = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequencies = frequencies * (blend + (1 - blend) / factor)
-        angles = torch.arange(self.max_seq_len, device="cpu")[:, None] * frequencies
-        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)      # (max_seq_len, K/2)
-        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
+        angles, device = torch.arange(max_seq_len, device="cpu")[:, None] * frequencies, torch.get_default_device()
+        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):                  # (max_seq_len, K/2)
+            self.register_buffer(name, table.float().to("cpu" if device.type == "meta" else device), persistent=False)
 
     def _apply(self, fn, recurse=True):
         device = fn(self.cos[:1]).device     # to another device, but never to bf16: it has no cosine of 1001
-        if device != self.cos.device:
-            self.fill(device)
+        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
@@ -606,8 +598,7 @@ def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
 
 HF_CONFIG = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
              "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
-             "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-             "tie_embeddings": "tie_word_embeddings"}
+             "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 HF_NAMES = {"token_embeddings": "model.embed_tokens", "layers": "model.layers", "ln_final": "model.norm",
             "output_proj": "o_proj", "attn": "self_attn", "ffn": "mlp", "ln1": "input_layernorm",
             "ln2": "post_attention_layernorm", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -626,9 +617,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     path, size, tensors, end = os.fspath(path), os.path.getsize(path), {}, 0
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
-        if not 10 <= start <= size:
-            raise ValueError(f"{path} is no whole safetensors file: its header would end at byte {start} of {size}")
-        header = json.loads(file.read(start - 8))
+        header = json.loads(file.read(start - 8)) if start < size else {}
     header.pop("__metadata__", None)
     data = torch.from_file(path, size=size, dtype=torch.uint8)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -638,7 +627,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
         raw, end = data[start + low:start + high], high
         tensors[name] = (raw.clone() if (start + low) % dtype.itemsize else raw).view(dtype).view(shape)
     if start + end != size:
-        raise ValueError(f"{path} is cut off or torn: {start + end} bytes expected, {size} there")
+        raise ValueError(f"{path} is cut off, or no safetensors: {start + end} bytes expected, {size} there")
     return tensors
 
 def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
@@ -683,8 +672,7 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
     model.load_state_dict(state, assign=True, strict=False)
     if config.tie_embeddings:
         model.lm_head.weight = model.token_embeddings.weight
-    model.layers[0].attn.rope.fill(device)
-    return model
+    return model.to(device)
 
 def _config_from_hf(raw: dict) -> ModelConfig:
     rope, kind = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw["model_type"]
@@ -696,11 +684,12 @@ def _config_from_hf(raw: dict) -> ModelConfig:
               f"rope type {rope_type!r}": rope_type not in ("default", "llama3")}
     if any(beyond.values()):
         raise ValueError(f"not supported: {', '.join(what for what, asked in beyond.items() if asked)}")
-    values = {ours: raw[theirs] if i < 7 else raw.get(theirs) for i, (ours, theirs) in enumerate(HF_CONFIG.items())}
-    return ModelConfig(**values | {"tie_embeddings": bool(values["tie_embeddings"])}, rope_layout="half",
-                       rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)),
-                       rope_scaling=("llama3", *(rope[name] for name in LLAMA3)) if rope_type == "llama3" else (),
-                       qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")
+    optional = ("num_kv_heads", "head_dim")
+    values = {ours: raw.get(theirs) if ours in optional else raw[theirs] for ours, theirs in HF_CONFIG.items()}
+    return ModelConfig(**values, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), rope_layout="half",
+                       rope_scaling=tuple(rope[name] for name in LLAMA3) if rope_type == "llama3" else (),
+                       tie_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=kind == "qwen3",
+                       qkv_bias=kind == "qwen2")
 
 def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
     """Write a folder that transformers, vLLM and load_hf read. Nothing there is replaced before all of it is written.
@@ -714,22 +703,21 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
                          f"this model has norm {c.norm}, positions {c.positions}, ffn {c.ffn}")
     if glob.glob("model-*.safetensors", root_dir=directory):
         raise ValueError(f"{directory} holds a checkpoint in shards, which would mix with this one; save elsewhere")
-    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
-    rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling[1:]))
-    config = {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
-        "model_type": kind, "architectures": [kind.capitalize() + "ForCausalLM"], "hidden_act": "silu",
-        "attention_bias": False, "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
-        "rope_theta": c.rope_theta, "rope_scaling": rope if c.rope_scaling else None,
-        "rope_parameters": rope | {"rope_theta": c.rope_theta}}  # transformers 5 reads this, others the two above
-    texts = {"config.json": config}
     for name, x in model.state_dict().items():
         if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
             x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)    # pair (0, 1) to (0, K/2)
         if name != "lm_head.weight" or not c.tie_embeddings:
             tensors[_hf_name(name)] = x
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling))
+    texts = {"config.json": {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
+        "model_type": kind, "architectures": [kind.capitalize() + "ForCausalLM"], "hidden_act": "silu",
+        "attention_bias": False, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": str(x.dtype).split(".")[1],
+        "rope_theta": c.rope_theta, "rope_scaling": rope if c.rope_scaling else None,
+        "rope_parameters": rope | {"rope_theta": c.rope_theta}}}      # transformers 5 reads this, others the two above
     if tokenizer is not None:
         end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
-        config["eos_token_id"] = tokenizer.special_tokens.get(end)
+        texts["config.json"]["eos_token_id"] = tokenizer.special_tokens.get(end)
         texts["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
@@ -748,23 +736,20 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
 def walk_through() -> None:
     """One small model from ids to loss, then what GPT-2's sizes cost with SwiGLU, RoPE and an untied head."""
     torch.manual_seed(0)
-    config, ids = ModelConfig(vocab_size=50, context_length=16, d_model=32, num_layers=2, num_heads=4), torch.arange(6)[None]
-    model = TransformerLM(config)
-    turn = model.layers[0].attn.rope(torch.tensor([[1.0, 0] * 4] * 3))[:, :2]
-    print(f"RoPE turns (1, 0) at positions 0, 1, 2 into {', '.join(f'({a:.2f}, {b:.2f})' for a, b in turn.tolist())}")
-    print(f"ids {tuple(ids.shape)} -> hidden {tuple(model.hidden(ids).shape)} -> logits {tuple(model(ids).shape)}, loss "
-          f"{cross_entropy(model(ids[:, :-1]), ids[:, 1:]):.2f} nats; knowing nothing costs log 50 = {math.log(50):.2f}")
-    print("GPT-2      parameters  TFLOP a pass of 1024 tokens: projections scores   ffn  head | GB for AdamW, batch 8 | "
-          "days for 300B tokens")
-    for name, D, L, H in (("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25)):
-        c = ModelConfig(50257, 1024, D, L, H, d_ff=4 * D)
-        count, flops = count_parameters(c), count_flops(c, 1024)
-        *parts, total = (x / flops["total"] for x in flops.values())
-        days = 3 * flops["total"] * 300e9 / 1024 / (0.5 * 989e12) / 86400
-        print(f"{name:7s} {count:13,}  {flops['total'] / 1e12:32.2f} " + " ".join(f"{x:6.1%}" for x in parts) +
-              f" | {count_memory(c, 8, 1024) / 1e9:22.1f} | {days:5.1f}")
-    print("AdamW: 16 bytes a parameter in fp32 (weight, gradient, two moments) and the activations; days: on one GPU of "
-          "989 TFLOP/s (H200, bf16) at 50%")
+    model, ids = TransformerLM(ModelConfig(50, 16, 32, num_layers=2, num_heads=4)), torch.arange(6)[None]
+    turned = model.layers[0].attn.rope(torch.tensor([[1.0, 0] * 4] * 3))[:, :2].tolist()
+    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    print(f"RoPE turns (1, 0) at positions 0, 1, 2 into {', '.join(f'({a:.2f}, {b:.2f})' for a, b in turned)}")
+    print(f"ids {tuple(ids.shape)} -> hidden {tuple(model.hidden(ids).shape)} -> logits {tuple(model(ids).shape)}, "
+          f"loss {loss:.2f} nats; knowing nothing costs log 50 = {math.log(50):.2f}")
+    print("GPT-2      parameters  TFLOP for 1024 tokens: projections, scores, ffn, head  GB with AdamW, batch 8  days")
+    for name, *shape in (("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25)):
+        c = ModelConfig(50257, 1024, *shape, d_ff=4 * shape[0])
+        *parts, total = count_flops(c, 1024).values()
+        days = 3 * total * 300e9 / 1024 / (0.5 * 989e12) / 86400      # backward costs twice forward
+        print(f"{name:6s} {count_parameters(c):14,} {total / 1e12:6.2f}" + "".join(f"{x / total:8.1%}" for x in parts) +
+              f" {count_memory(c, 8, 1024) / 1e9:15.0f} {days:20.1f}")
+    print("days: for 300 billion tokens on one H200 at 50% of its 989 TFLOP/s in bf16")
 
 def count_memory(config: ModelConfig, batch_size: int, seq_len: int, bytes_each: int = 4) -> int:
     """Bytes of a training step with AdamW and plain attention: weights, gradients and moments in fp32, activations."""
@@ -775,64 +760,54 @@ def count_memory(config: ModelConfig, batch_size: int, seq_len: int, bytes_each:
 def self_check(seed: int = 0) -> float:
     """Largest difference between each fast or hand-made version and plain or torch's own, and the XL accounting.
 
-    Raises: AssertionError above 1e-4: logits of size 5 carry fp32 errors of 1e-5; the wrong pairing in RoPE is off by 1.
+    Raises: AssertionError above 1e-4: logits of size 5 carry fp32 errors of 1e-5; a wrong pairing in RoPE is off by 1.
     """
     torch.manual_seed(seed)
-    config, F = ModelConfig(97, 48, 32, 2, 4, num_kv_heads=2), nn.functional
-    model, ids = TransformerLM(config), torch.randint(97, (2, 41))
-    x, y, weight = ids[:, :-1], ids[:, 1:], model.lm_head.weight
-    fused = TransformerLM(config, sdpa_attention, checkpoint_every=1, fused=True)
-    fused.load_state_dict(model.state_dict())
-    plain, chunked = F.cross_entropy(model(x).flatten(0, 1), y.flatten()), linear_cross_entropy(fused.hidden(x), weight, y, chunk=7)
-    pairs = [(model(x), fused(x)), (plain, cross_entropy(model(x), y)), (plain, chunked)]
-    pairs += list(zip(torch.autograd.grad(plain, model.layers.parameters()), torch.autograd.grad(chunked, fused.layers.parameters())))
+    config, ids = ModelConfig(97, 48, 32, 2, 4, num_kv_heads=2), torch.randint(97, (2, 41))
+    model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1, fused=True)
+    fast.load_state_dict(model.state_dict())
+    x, y, weights, fast_weights = ids[:, :-1], ids[:, 1:], list(model.parameters()), list(fast.parameters())
+    plain = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    chunked = linear_cross_entropy(fast.hidden(x), fast.lm_head.weight, y, chunk=7)
+    pairs = [(model(x), fast(x)), (plain, cross_entropy(model(x), y)), (plain, chunked)]
+    pairs += zip(torch.autograd.grad(plain, weights), torch.autograd.grad(chunked, fast_weights))
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, folder)
         pairs.append((model(x), load_hf(folder)(x)))
     worst = max((a - b).abs().max().item() for a, b in pairs)
     assert worst < 1e-4, f"two ways to the same numbers differ by {worst:.1e}"
-    greedy = [[g.ids for g in generate(model, [[1, 2], [3]], max_new_tokens=20, temperature=0, use_cache=cached)] for cached in (True, False)]
-    assert greedy[0] == greedy[1], "the KV cache changes what is generated"
+    a, b = (generate(model, [[1, 2], [3]], max_new_tokens=20, temperature=0, use_cache=yes) for yes in (True, False))
+    assert [g.ids for g in a] == [g.ids for g in b], "the KV cache changes what is generated"
     xl = ModelConfig(50257, 1024, 1600, 48, 25, d_ff=6400)
     assert count_parameters(xl) == 2_127_057_600 and round(count_flops(xl, 1024)["total"] / 1e10) == 451
     return worst
 
-def bench(device: str = "cpu", repeats: int = 10) -> None:
-    """The loss, forward and backward, over full logits and in chunks: time, memory beyond its inputs, error to float64."""
-    cuda = device != "cpu"
+def bench(device: str = "cpu", seconds: float = 2.0) -> None:
+    """The loss and its gradients over full logits and in chunks: time, memory on top, errors against float64."""
+    cuda, full = device != "cpu", lambda h, w, y: cross_entropy(h @ w.T, y)
     N, V, D, dtype = (65536, 50304, 768, torch.bfloat16) if cuda else (2048, 8192, 256, torch.float32)
-    full = lambda h, w, y: cross_entropy(h @ w.T, y)
-    chunks = lambda backend, n=None: lambda h, w, y: linear_cross_entropy(h, w, y, backend=backend, chunk=n)
-    ways = {"full logits, plain": full, "chunks, torch": chunks("torch")}
+    print(f"{N} rows, V {V}, D {D}, {dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}")
+    ways = {"full logits": full, "chunks, torch": linear_cross_entropy}
     if cuda:
-        ways |= {"full logits, compiled": torch.compile(full), "chunks, triton": chunks("triton"),
-                 **{f"chunks of {n}, triton": chunks("triton", n) for n in (2048, 4096, 8192)}}
-    print(f"{N} rows, V {V}, D {D}, {dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}")
-    h, w, y = (torch.randn(N, D, device=device, dtype=dtype), torch.randn(V, D, device=device, dtype=dtype) / D ** 0.5,
-               torch.randint(V, (N,), device=device))
-    h.requires_grad_(), w.requires_grad_()
-    small = [x[:4096 if cuda else 256].detach().double().requires_grad_() for x in (h, w)]
-    truth = torch.autograd.grad(full(*small, y[:len(small[0])] % len(small[1])), small)
+        ways["full logits, compiled"] = torch.compile(full)
+        for n in (None, 2048, 4096, 8192):
+            ways[f"chunks {n or ''}, triton"] = functools.partial(linear_cross_entropy, backend="triton", chunk=n)
+    def inputs(n, v, kind):
+        torch.manual_seed(0)
+        h, w = torch.randn(n, D).to(device, dtype), (torch.randn(v, D) / 8).to(device, dtype)
+        return h.to(kind).requires_grad_(), w.to(kind).requires_grad_(), torch.randint(v, (n,)).to(device)
+    def run(loss, h, w, y):
+        return torch.autograd.grad(loss(h, w, y), (h, w))
+    large, small, exact = inputs(N, V, dtype), inputs(2048, 5000, dtype), inputs(2048, 5000, torch.float64)
+    truth = run(full, *exact)
     for name, loss in ways.items():
-        times = []
-        for i in range(repeats + 3):
-            if cuda:
-                torch.cuda.synchronize()
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            gradients = torch.autograd.grad(loss(h, w, y), (h, w))
-            if cuda:
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() - before
-            times.append((time.perf_counter() - start) * 1e3)
-            del gradients
-        half = [x.detach().to(dtype).requires_grad_() for x in small]
-        got = torch.autograd.grad(loss(*half, y[:len(half[0])] % len(half[1])), half)
-        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, truth)]
-        ms = statistics.median(times[3:])
-        print(f"{name:24s} {ms:8.2f} ms ({min(times[3:]):.2f} to {max(times[3:]):.2f}) {6 * N * V * D / ms / 1e9:7.1f} TFLOP/s "
-              f"{peak / 1e6 if cuda else math.nan:9.0f} MB, error of the gradients {errors[0]:.1e} {errors[1]:.1e}", flush=True)
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(run(loss, *small), truth)]
+        run(loss, *large)
+        before = torch.cuda.memory_allocated() if cuda and torch.cuda.reset_peak_memory_stats() is None else 0
+        time = Timer("run(loss, *large)", globals=locals()).blocked_autorange(min_run_time=seconds)
+        peak = f", {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB" if cuda else ""
+        print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), {6 * N * V * D / time.median / 1e12:.2f} "
+              f"TFLOP/s{peak}, relative errors {errors[0]:.1e} {errors[1]:.1e}", flush=True)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -76,7 +76,7 @@ class AdamW(torch.optim.Optimizer):
     state_dtype: of the two moments; None keeps the parameter's. master_weights: for parameters below fp32, keep an fp32
     copy in the state, update that, and round it to the parameter (bf16 has 8 bits: a step of 1e-4 is lost without it).
     fused: None, the plain loop; "foreach", torch's list operations; "triton", one kernel over all parameters (CUDA).
-    Parameters without a gradient are left alone. Raises: ValueError for numbers out of range, a backend that cannot run.
+    Parameters without a gradient are left alone. Raises: ValueError for bad numbers, or a backend that cannot run.
     """
 
     def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -178,7 +178,8 @@ class AdamW(torch.optim.Optimizer):
                 owners += [i] * triton.cdiv(tensors[0].numel(), ADAMW_BLOCK)
             aligned = all(x % 16 == 0 for row in table for x in row[:5])
             blocks, (p, grad, m, _, master) = len(owners), rows[0]
-            table, owners = (torch.tensor(x, pin_memory=p.is_cuda).to(device, non_blocking=True) for x in (table, owners))
+            table, owners = (torch.tensor(x, pin_memory=p.is_cuda).to(device, non_blocking=True)
+                             for x in (table, owners))
             dtypes = [_triton_dtype(x.dtype) for x in (p, grad, m, master)]
             with torch.cuda.device_of(p):
                 _adamw_kernel[(blocks,)](
@@ -228,8 +229,8 @@ if triton is not None:
 def newton_schulz(x: Tensor, steps: int = 5) -> Tensor:
     """Roughly the nearest matrix with orthonormal rows (or columns): every singular value is driven towards 1.
 
-    x (..., m, n); returns the same shape, singular values within about [0.7, 1.2]. An odd polynomial acts on them alone,
-    so a x + b (x x^T) x + c (x x^T)^2 x needs no decomposition; these coefficients climb fastest from 0.
+    x (..., m, n); returns the same shape, singular values of about 0.7 to 1.2. An odd polynomial acts on them alone, so
+    a x + b (x x^T) x + c (x x^T)^2 x needs no decomposition; these coefficients climb fastest from 0.
     bf16 on a GPU, x's dtype elsewhere. Source: kellerjordan.github.io/posts/muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -263,7 +264,7 @@ class Muon(torch.optim.Optimizer):
         everything = [p for _, p in params]
         matrices = [p for name, p in params if p.dim() == 2 and not any(word in name for word in adamw_names)]
         rest = [p for p in everything if not any(p is m for m in matrices)]
-        assert sorted(map(id, matrices + rest)) == sorted(set(map(id, everything))), "a parameter in two groups, or none"
+        assert sorted(map(id, matrices + rest)) == sorted(set(map(id, everything))), "a parameter in two groups"
         both = dict(lr=lr, weight_decay=weight_decay)
         super().__init__([dict(params=g, kind=k, **both) for g, k in ((matrices, "muon"), (rest, "adamw")) if g],
                          dict(momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, betas=tuple(betas), eps=eps))
@@ -412,8 +413,8 @@ def bench(device: str = "cpu", repeats: int = 20) -> None:
             times.append((time.perf_counter() - start) * 1e3)
         times = sorted(times[3:])
         ms = times[len(times) // 2]
-        print(f"{name:34s} {ms:8.2f} ms  (min {times[0]:.2f}, max {times[-1]:.2f})  "
-              f"{bytes_each * count / ms / 1e6:7.1f} GB/s of the {bytes_each} bytes a parameter it must move", flush=True)
+        print(f"{name:34s} {ms:8.2f} ms  (min {times[0]:.2f}, max {times[-1]:.2f})  {bytes_each * count / ms / 1e6:7.1f} "
+              f"GB/s of the {bytes_each} bytes a parameter it must move", flush=True)
     kinds = [(f"AdamW {f or 'plain'}", f) for f in (None, "foreach", *["triton"] * cuda)]
     for name, fused in kinds:
         row(f"{name}, fp32", torch.float32, lambda p: AdamW(p, fused=fused).step, 28)
@@ -423,7 +424,8 @@ def bench(device: str = "cpu", repeats: int = 20) -> None:
         row(f"{name}, bf16 + fp32 master", torch.bfloat16,
             lambda p: AdamW(p, fused=fused, state_dtype=torch.float32, master_weights=True).step, 28)
     row("clip_grad_norm_, fp32", torch.float32, lambda p: lambda: clip_grad_norm_(p, 1.0), 12)
-    row("Muon, fp32", torch.float32, lambda p: Muon((f"embedding.{i}" if i < 2 else "", x) for i, x in enumerate(p)).step, 20)
+    name = lambda i: f"embedding.{i}" if i < 2 else f"layer.{i}"
+    row("Muon, fp32", torch.float32, lambda p: Muon((name(i), x) for i, x in enumerate(p)).step, 20)
     if cuda:                                                              # the kernel on a real GPU, against float64
         generator = torch.Generator(device).manual_seed(0)
         for dtype in (torch.float32, torch.bfloat16):
