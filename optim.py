@@ -162,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("AdamW(fused='triton') needs triton and CUDA parameters; use fused='foreach' here")
         lr, eps, decay = float(group["lr"]), float(group["eps"]), group["weight_decay"]
         beta1, beta2 = map(float, group["betas"])
-        launches: dict[tuple, list[list[Tensor]]] = {}                     # tensors of the same dtypes, step and device
+        launches: dict[tuple, list[list[Tensor]]] = {}                     # tensors alike in dtypes, step, device, alignment
         for p in params:
             state = self.state[p]
             state["step"] += 1
@@ -170,13 +170,13 @@ class AdamW(torch.optim.Optimizer):
                 raise ValueError(f"AdamW(fused='triton') walks over memory in order, but a parameter of shape "
                                  f"{tuple(p.shape)} is not contiguous; use fused='foreach'")
             tensors = [p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state.get("master", p)]
-            launches.setdefault((*(x.dtype for x in tensors), state["step"], p.device), []).append(tensors)
-        for (*_, t, device), rows in launches.items():
+            aligned = p.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
+            launches.setdefault((*(x.dtype for x in tensors), state["step"], p.device, aligned), []).append(tensors)
+        for (*_, t, device, aligned), rows in launches.items():
             table, owners = [], []                                         # a program finds its tensor by number
             for i, tensors in enumerate(rows):
                 table.append([*(x.data_ptr() for x in tensors), tensors[0].numel(), len(owners)])
                 owners += [i] * triton.cdiv(tensors[0].numel(), ADAMW_BLOCK)
-            aligned = all(x % 16 == 0 for row in table for x in row[:5])
             blocks, (p, grad, m, _, master) = len(owners), rows[0]
             table, owners = (torch.tensor(x, pin_memory=p.is_cuda).to(device, non_blocking=True)
                              for x in (table, owners))
@@ -209,11 +209,13 @@ if triton is not None:
         exp_avg = tl.load(row + 2).to(tl.pointer_type(MOMENT))
         exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(MOMENT))
         weight = tl.load(row + 4).to(tl.pointer_type(WEIGHT))
-        if ALIGNED:                                                        # which an address in a table does not tell
+        length = tl.load(row + 5)
+        if ALIGNED:                                                        # lets a thread move 16 bytes at a time
             param, grad, weight = tl.multiple_of(param, 16), tl.multiple_of(grad, 16), tl.multiple_of(weight, 16)
             exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
+            length = tl.multiple_of(length, 16)
         at = (block - tl.load(row + 6)) * BLOCK + tl.arange(0, BLOCK)
-        mask = at < tl.load(row + 5)
+        mask = at < length
         g = tl.load(grad + at, mask=mask, other=0.0).to(MOMENT).to(tl.float32)
         m = tl.load(exp_avg + at, mask=mask, other=0.0).to(tl.float32) * beta1 + g * gain1
         v = tl.load(exp_avg_sq + at, mask=mask, other=0.0).to(tl.float32) * beta2 + g * g * gain2
