@@ -199,3 +199,160 @@ def test_bare_advantages_do_not_broadcast_along_time():
     square = torch.zeros(3, 3)
     loss = grpo.compute_naive_policy_gradient_loss(torch.tensor([1.0, 2.0, 3.0]), square - 1)
     assert loss.tolist() == [[1, 1, 1], [2, 2, 2], [3, 3, 3]]
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+class TinyTokenizer:
+    """Bytes, and one token that ends an answer."""
+    special_tokens = {"<|endoftext|>": 256, "</answer>": 257}
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return "".join(chr(i) if i < 256 else {256: "", 257: "</answer>"}[i] for i in ids)
+
+
+def make_run(seed=0):
+    """A model of a few thousand parameters, and a reward it can learn at once: the share of small bytes in the answer."""
+    import model as model_py
+    torch.manual_seed(seed)
+    lm = model_py.TransformerLM(model_py.ModelConfig(vocab_size=258, context_length=32, d_model=16, num_layers=1, num_heads=2))
+    tokenizer = TinyTokenizer()
+    engine = grpo.TorchEngine(lm, tokenizer, model_py.generate, [256])
+    problems = [{"prompt": f"{i}:", "answer": 64} for i in range(12)]
+
+    def reward(response, truth):
+        share = sum(ord(c) < truth for c in response) / max(1, len(response))
+        return {"reward": share, "format_reward": 1.0, "answer_reward": share}
+    return lm, tokenizer, engine, problems, reward
+
+
+def train(config, run=None, seed=0, **options):
+    import sft
+    lm, tokenizer, engine, problems, reward = run or make_run(seed)
+
+    def score(answers):
+        batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], 256)
+        scored = sft.get_response_log_probs_chunked(lm, batch["input_ids"], batch["labels"], response_mask=batch["response_mask"])
+        return scored["log_probs"], batch["response_mask"]
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    history = grpo.train_grpo(lm, optimizer, engine, problems, config, **(dict(
+        reward_fn=reward, encode=tokenizer.encode, score=score, evaluate=dict, clip=torch.nn.utils.clip_grad_norm_,
+        log=lambda line: None) | options))
+    return torch.cat([p.detach().flatten() for p in lm.parameters()]), history
+
+
+SMALL = dict(steps=3, lr=1e-2, rollout_batch_size=16, group_size=4, train_batch_size=16, min_tokens=2, max_tokens=6)
+
+
+def test_the_policy_learns_what_is_rewarded():
+    _, history = train(grpo.GRPOConfig(**SMALL | dict(steps=25, lr=3e-2, rollout_batch_size=96, group_size=8, train_batch_size=96)))
+    rewards = [line["reward"] for line in history[1:]]
+    assert rewards[0] < 0.4 < 0.6 < sum(rewards[-3:]) / 3, rewards
+    assert history[-1]["gap"] < 1e-5                                    # engine and trainer are one model here
+    assert {"entropy", "length", "truncated", "gradient_norm", "rollout_tokens_per_second"} <= set(history[-1])
+
+
+@pytest.mark.parametrize("setting", [
+    dict(loss_type="no_baseline"), dict(loss_type="reinforce_with_baseline"), dict(loss_type="grpo_no_clip", train_batch_size=8),
+    dict(loss_type="gspo", cliprange=3e-4, train_batch_size=8), dict(normalize_by_std=False, length_normalization="constant"),
+    dict(length_normalization="token", cliprange_high=0.28), dict(epochs_per_rollout=2, train_batch_size=8, importance_cap=2.0),
+    dict(algorithm="expert-iteration")], ids=str)
+def test_every_ablation_changes_the_policy_and_micro_batches_do_not(setting):
+    start = torch.cat([p.detach().flatten() for p in make_run()[0].parameters()])
+    runs = []
+    for tokens in (10_000, 20):
+        run = make_run()
+        threshold = run[-1] if "algorithm" not in setting else lambda r, t: {"reward": float(run[-1](r, t)["reward"] > 0.3)}
+        runs.append(train(grpo.GRPOConfig(**SMALL | dict(steps=2, lr=1e-3, micro_batch_tokens=tokens) | setting), run,
+                          reward_fn=threshold)[0])
+    assert not torch.equal(runs[0], start)
+    # AdamW's step is lr * sign-like, so float32 noise of 1e-7 in a tiny gradient can be worth a good part of lr in a few
+    # parameters; a wrong weight of a micro-batch moves all of them
+    assert ((runs[0] - runs[1]).abs() > 1e-4).float().mean() < 0.01
+
+
+def test_resume_is_the_run_that_was_never_stopped(tmp_path):
+    config = grpo.GRPOConfig(**SMALL | dict(steps=5, checkpoint_every=2, train_batch_size=8))
+    whole, history = train(config, run_dir=str(tmp_path / "a"))
+
+    class Killed(Exception):
+        pass
+    lines = []
+
+    def kill(line):
+        lines.append(line)
+        if len(lines) == 5:                                             # after step 4's line, and before it is saved
+            raise Killed
+    with pytest.raises(Killed):
+        train(config, run_dir=str(tmp_path / "b"), log=kill)
+    resumed, again = train(config, run_dir=str(tmp_path / "b"), resume=True, seed=7)
+    assert torch.equal(resumed, whole)                                  # bit for bit, on a CPU
+    timed = ("rollout_seconds", "train_seconds", "rollout_tokens_per_second", "train_tokens_per_second")
+    strip = [[{k: v for k, v in line.items() if k not in timed} for line in log] for log in (history, again)]
+    assert strip[0] == strip[1]
+    logged = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged] == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(ValueError, match="another lr"):
+        train(grpo.GRPOConfig(**SMALL | dict(lr=1e-3)), run_dir=str(tmp_path / "b"), resume=True)
+
+
+def test_the_same_command_twice_gives_the_same_numbers():
+    a, b, c = (train(grpo.GRPOConfig(**SMALL | dict(seed=s)))[0] for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_step_without_signal_changes_nothing():
+    run = make_run()
+    start = torch.cat([p.detach().flatten() for p in run[0].parameters()])
+    after, history = train(grpo.GRPOConfig(**SMALL), run, reward_fn=lambda r, t: {"reward": 1.0})
+    assert torch.equal(after, start) and history[-1]["no_signal"] == 1.0 and history[-1]["gradient_norm"] == 0.0
+
+
+def test_rollouts_in_another_dtype_have_a_gap_and_follow_the_trainer():
+    import model as model_py
+    lm, tokenizer, _, problems, reward = make_run()
+    engine = grpo.TorchEngine(lm, tokenizer, model_py.generate, [256], dtype=torch.bfloat16)
+    _, history = train(grpo.GRPOConfig(**SMALL), (lm, tokenizer, engine, problems, reward))
+    assert 1e-5 < history[-1]["gap"] < 0.1                              # bfloat16 keeps 8 bits of a log-prob near 5
+    engine.sync(lm)
+    for p, q in zip(lm.parameters(), engine.model.parameters()):
+        assert torch.equal(p.detach().bfloat16(), q)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(group_size=5), "not a multiple of group_size"), (dict(train_batch_size=6), "not a multiple of train_batch_size"),
+    (dict(loss_type="ppo"), "none of"), (dict(algorithm="sft"), "none of"), (dict(length_normalization="x"), "none of"),
+    (dict(steps=0), "steps must be at least 1"), (dict(max_tokens=1), "below min_tokens"), (dict(cliprange=2.0), "cliprange"),
+    (dict(importance_cap=2.0, temperature=0.7), "temperature 1")])
+def test_config_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        grpo.GRPOConfig(**SMALL | change)
+
+
+def test_too_few_problems_and_a_loss_that_is_not_finite():
+    run = make_run()
+    with pytest.raises(ValueError, match="too few"):
+        train(grpo.GRPOConfig(**SMALL | dict(group_size=1)), run)
+    with pytest.raises(ValueError, match="Lower the learning rate"):
+        train(grpo.GRPOConfig(**SMALL), run, reward_fn=lambda r, t: {"reward": float("nan") if r < "P" else 1.0})
+
+
+@pytest.mark.parametrize("lengths, limit, groups", [([9, 2, 3], 12, [[1, 2], [0]]), ([], 5, []), ([7], 5, [[0]]),
+                                                    ([1, 1, 1, 1], 2, [[0, 1], [2, 3]])])
+def test_micro_batches(lengths, limit, groups):
+    assert grpo.micro_batches(lengths, limit) == groups
+
+
+def test_command_line_says_one_line(capsys):
+    for argv, message in ((["--group-size", "7"], "multiple of group_size"), (["--model", "/nowhere"], "cannot read"),
+                          (["--table", "/nowhere"], "No such file")):
+        assert grpo.main(argv) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("grpo.py: ") and "\n" not in error and message in error, error
+
+
+def test_self_check():
+    assert grpo.self_check() < 1e-6

@@ -295,3 +295,209 @@ def test_arithmetic_problems_are_right_and_apart():
         assert p["answer"] == right and 2 <= p["work"].count("=") <= 4 and 0 <= int(right) <= 99
         if p["question"].startswith("What is "):
             assert eval(p["question"][8:-1]) == int(p["answer"]), p
+
+
+# ---------------------------------------------------------------------------------------------------- problems and answers
+
+def test_read_problems_of_every_form(tmp_path):
+    import grpo
+    rows = [{"prompt": "p", "answer": "1", "response": "r"},
+            {"question": "Q?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,072"},
+            {"problem": "P?", "solution": r"So \boxed{\frac{1}{2}}."}, {"problem": "P?", "solution": "s", "answer": "7"}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    got = sft.read_problems(tmp_path / "p.jsonl", "<{question}>", grpo.balanced_box)
+    assert [p["prompt"] for p in got] == ["p", "<Q?>", "<P?>", "<P?>"]
+    assert [p["answer"] for p in got] == ["1", "1,072", r"\frac{1}{2}", "7"]
+    assert got[1]["response"] == " 48/2 = 24 clips.</think> <answer>1,072</answer>"
+    for bad in ({"problem": "P?", "solution": "no box"}, {"question": "Q?"}, {"x": 1}):
+        (tmp_path / "bad.jsonl").write_text(json.dumps(bad) + "\n")
+        with pytest.raises(ValueError, match="example 1"):
+            sft.read_problems(tmp_path / "bad.jsonl", "{question}", grpo.balanced_box)
+
+
+def test_read_mmlu(tmp_path):
+    (tmp_path / "high_school_law_dev.csv").write_text('"Who, then?",me,you,"he, she",they,C\n')
+    (problem,) = sft.read_mmlu(tmp_path)
+    assert problem["answer"] == "C" and problem["options"] == ["me", "you", "he, she", "they"]
+    assert "about high school law." in problem["prompt"] and "C. he, she\n" in problem["prompt"]
+    (tmp_path / "bad.csv").write_text("a,b,c\n")
+    with pytest.raises(ValueError, match="bad.csv"):
+        sft.read_mmlu(tmp_path)
+
+
+@pytest.mark.parametrize("reward, response, truth, expected", [
+    (sft.gsm8k_reward, "so 1,072 clips", "1072", (1, 1)), (sft.gsm8k_reward, "so 1072.0", "1,072", (1, 1)),
+    (sft.gsm8k_reward, "so 5", "1072", (1, 0)), (sft.gsm8k_reward, "so many", "1072", (0, 0)),
+    (sft.mmlu_reward, "The answer is B.", "B", (1, 1)), (sft.mmlu_reward, "The answer is B.", "C", (1, 0)),
+    (sft.mmlu_reward, "Who knows", "C", (0, 0))])
+def test_parsed_rewards(reward, response, truth, expected):
+    got = reward(response, truth)
+    assert (got["format_reward"], got["answer_reward"]) == expected and got["reward"] == expected[1]
+
+
+class FakeEngine:
+    """Answers the i-th prompt with the i-th text."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, texts
+
+    def generate(self, prompts, **settings):
+        from types import SimpleNamespace
+        return [SimpleNamespace(text=t, ids=self.tokenizer.encode(t)) for t in self.texts[:len(prompts)]]
+
+
+def test_log_generations(policy, tokenizer, tmp_path):
+    import grpo
+    texts = ["a</think> <answer>4</answer>", "</think> <answer>5</answer>", "no idea at all", "</think> <answer>4</answer>"]
+    problems, lines = [{"prompt": f"p{i}", "answer": "4"} for i in range(4)], []
+    got = sft.log_generations(FakeEngine(tokenizer, texts), tokenizer, problems, grpo.r1_zero_reward, model=policy,
+                              path=str(tmp_path / "x" / "log.jsonl"), show=1, log=lines.append)
+    lengths = [len(tokenizer.encode(t)) for t in texts]
+    assert (got["count_11"], got["count_10"], got["count_00"]) == (2, 1, 1) and got["accuracy"] == 0.5 and got["format"] == 0.75
+    assert got["length"] == sum(lengths) / 4 and got["length_right"] == (lengths[0] + lengths[3]) / 2
+    assert got["length_wrong"] == (lengths[1] + lengths[2]) / 2 and len(lines) == 3
+    rows = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
+    assert [r["reward"] for r in rows] == [1, 0, 0, 1] and rows[2]["response"] == texts[2] and rows[0]["truth"] == "4"
+    batch = sft.tokenize_prompt_and_output(["p1"], [texts[1]], tokenizer)
+    entropy = sft.get_response_log_probs(policy, batch["input_ids"], batch["labels"], True)["token_entropy"][batch["response_mask"]]
+    assert rows[1]["entropy"] == pytest.approx(entropy.mean().item(), abs=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+CONSTANT = dict(schedule=lambda step, total: 0.1, clip=torch.nn.utils.clip_grad_norm_, log=lambda line: None)
+EXAMPLES = [{"prompt": f"{i} + {i} =", "response": f" {2 * i}<|endoftext|>"} for i in range(7)]
+
+
+def tuned(model, micro_step, examples, optimizer=None, **options):
+    config = sft.TuneConfig(**(dict(epochs=2, batch_size=3) | options))
+    result = sft.fine_tune(model, optimizer or torch.optim.SGD(model.parameters(), lr=0.1), examples, micro_step, config, **CONSTANT)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), result
+
+
+def load(name):
+    return model_py.load_hf(TINY / name).double()
+
+
+@pytest.mark.parametrize("kind", ["sft", "packed", "dpo"])
+def test_micro_batches_do_not_change_the_result(tokenizer, kind):
+    results = []
+    for size in (1, 2, 3, 100):
+        lm = load("policy")
+        if kind == "sft":
+            step, examples = sft.sft_micro_step(lm, tokenizer, 4.0), EXAMPLES
+        elif kind == "packed":
+            step = sft.packed_micro_step(lm)
+            dataset = sft.PackedDataset(tokenizer, TINY / "instructions.jsonl", 32, shuffle=True)
+            examples = [dataset[i] for i in range(len(dataset))]
+        else:
+            step = sft.dpo_micro_step(lm, load("reference"), tokenizer, 0.1)
+            examples = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in ANSWERS["dpo"]["pairs"]]
+        results.append(tuned(lm, step, examples, micro_batch_size=size))
+    for weights, result in results[1:]:
+        torch.testing.assert_close(weights, results[0][0], **EXACT)
+        assert result["loss"] == pytest.approx(results[0][1]["loss"], abs=1e-10)
+
+
+def test_sft_learns_the_responses_alone(tokenizer):
+    lm = load("policy")
+    batch = sft.tokenize_prompt_and_output([e["prompt"] for e in EXAMPLES], [e["response"] for e in EXAMPLES], tokenizer)
+
+    def nats(mask):
+        with torch.no_grad():
+            return -sft.get_response_log_probs(lm, batch["input_ids"], batch["labels"])["log_probs"][mask].mean().item()
+    before = nats(batch["response_mask"])
+    tuned(lm, sft.sft_micro_step(lm, tokenizer, 4.0), EXAMPLES, torch.optim.AdamW(lm.parameters(), lr=0.02), epochs=10)
+    assert nats(batch["response_mask"]) < 0.5 * before
+
+
+def test_dpo_loop_keeps_the_best(tokenizer):
+    lm, reference = load("policy"), load("reference")
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in ANSWERS["dpo"]["pairs"]]
+    before = sft.preference_accuracy(lm, tokenizer, pairs)
+    seen = []
+
+    def evaluate():
+        seen.append((sft.preference_accuracy(lm, tokenizer, pairs), torch.cat([p.detach().flatten().clone() for p in lm.parameters()])))
+        return {"accuracy": [0.1, 0.9, 0.5][len(seen) - 1]}             # the second is said to be the best
+    config = sft.TuneConfig(epochs=3, batch_size=3, eval_every=1, keep_best="accuracy")
+    result = sft.fine_tune(lm, torch.optim.RMSprop(lm.parameters(), lr=0.01), pairs, sft.dpo_micro_step(lm, reference, tokenizer, 0.1),
+                           config, evaluate=evaluate, **CONSTANT | dict(schedule=lambda step, total: 0.02))
+    assert result["accuracy"] == 0.9 and len(seen) == 3
+    assert torch.equal(torch.cat([p.detach().flatten() for p in lm.parameters()]), seen[1][1])
+    assert before < seen[-1][0]                                         # the policy has come to prefer the chosen ones
+
+
+def test_fine_tune_stops_at_a_loss_that_is_not_finite(tokenizer):
+    lm = load("policy")
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        tuned(lm, lambda examples, steps: math.nan, EXAMPLES)
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """The tiny policy as a folder with its tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    model_py.save_hf(model_py.load_hf(TINY / "policy"), path, tokenizer)
+    return path
+
+
+def run(capsys, *argv):
+    code = sft.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("task", ["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"])
+def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task):
+    data, out = tmp_path / ("d.csv" if task in ("mmlu", "safety") else "d.json"), tmp_path / "out" / "answers"
+    data.write_text({"mmlu": "Q,a,b,c,d,B\n", "safety": "id,prompts_final\n1,Be kind?\n",
+                     "alpaca-eval": json.dumps([{"instruction": "Hi", "dataset": "x"}])}.get(
+                         task, json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
+    code, text, _ = run(capsys, "eval", "--task", task, "--model", folder, "--data", data, "--out", out, "--max-tokens", 5)
+    assert code == 0 and "engine: torch" in text
+    result = json.loads(text.strip().splitlines()[-1].removeprefix("RESULT "))
+    if task == "alpaca-eval":
+        assert [sorted(row) for row in json.loads(out.read_text())] == [["dataset", "generator", "instruction", "output"]]
+    elif task == "safety":
+        assert json.loads(out.read_text())["prompts_final"] == "Be kind?" and "output" in json.loads(out.read_text())
+    else:
+        assert result["count_11"] + result["count_10"] + result["count_00"] == 1 and len(out.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("action, rows", [
+    ("sft", EXAMPLES), ("instruct", [{"prompt": "Name a colour.", "response": "Blue."}] * 40),
+    ("dpo", [{"prompt": "p", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)])])
+def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, rows):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text, err = run(capsys, action, "--model", folder, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
+                          "--batch-size", 4, "--epochs", 1, "--lr", "1e-3")
+    assert code == 0, err
+    assert "RESULT" in text and model_py.load_hf(tmp_path / "out").config == model_py.load_hf(folder).config
+    assert bpe.Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").encode("a b") == bpe.Tokenizer.from_file(
+        folder / "tokenizer.json").encode("a b")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("sft", "--model", "/nowhere"), "/nowhere"), (("eval", "--model", "MODEL", "--data", "/none.jsonl"), "/none.jsonl"),
+    (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv")])
+def test_command_line_says_one_line(folder, capsys, argv, message):
+    code, _, err = run(capsys, *(folder if a == "MODEL" else a for a in argv))
+    assert code == 2 and err.startswith("sft.py: ") and message in err and err.count("\n") == 1
+
+
+def test_written_task_is_whole_and_apart(tmp_path, tokenizer):
+    sft.write_arithmetic(str(tmp_path), 3, "x = 1\n" * 100, count=300, demonstrations=100)
+    demonstrations = sft.read_problems(tmp_path / "sft.jsonl")
+    import grpo
+    assert all(grpo.r1_zero_reward(p["response"], p["answer"])["reward"] == 1 for p in demonstrations)   # all right, if quick
+    assert 40 < sum("I know this" in p["response"] for p in demonstrations) < 80
+    train, valid = ({p["prompt"] for p in sft.read_problems(tmp_path / f"{n}.jsonl")} for n in ("train", "valid"))
+    assert not train & valid and len(sft.read_hh_pairs(tmp_path / "pairs.jsonl")) == 100
+    sft.PackedDataset(tokenizer, tmp_path / "instructions.jsonl", 64, shuffle=False)
+
+
+def test_self_check():
+    assert sft.self_check() < 1e-6
