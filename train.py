@@ -75,8 +75,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
 def gather_corpus(out: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Writes train.txt and valid.txt from the standard library's sources, the text that every Python already holds.
 
-    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, where the
-    SHA-256 of the relative path divides by ten: a new file moves no other from one side to the other.
+    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, where
+    the SHA-256 of the relative path divides by ten: a new file moves no other from one side to the other.
     Returns: {"train": (documents, bytes), "valid": (documents, bytes)}.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -157,9 +157,10 @@ def bare(model: Any) -> Any:
 
 def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, step: int,
                     out: str | os.PathLike | BinaryIO, **more: Any) -> None:
-    """Writes model, optimizer (or their state dicts), step and whatever else is given, for torch.load(weights_only=True).
+    """Writes model and optimizer, or their state dicts, the step and whatever else is given.
 
-    Args: out: a path, replaced whole or not at all, or an open binary file. more: tensors, numbers, strings, dicts.
+    Args: out: a path, replaced whole or not at all, or an open binary file. more: what
+        torch.load(weights_only=True) reads back: tensors, numbers, strings, dicts.
     Raises: OSError, when the disk is full say; the file that was there before is still there then.
     """
     model, optimizer = (x if isinstance(x, dict) else bare(x).state_dict() for x in (model, optimizer))
@@ -285,8 +286,10 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
             parallel.finish_gradient_synchronization()
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
-        clip = getattr(parallel, "clip_grad_norm_", None) or partial(clip, [p for p in model.parameters() if p.requires_grad])
-        norm = clip(config.clip_norm)                                    # FSDP's knows the gradients of other ranks
+        if hasattr(parallel, "clip_grad_norm_"):                         # FSDP: no rank sees all gradients
+            norm = parallel.clip_grad_norm_(config.clip_norm)
+        else:
+            norm = clip([p for p in model.parameters() if p.requires_grad], config.clip_norm)
         optimizer.step()
     return torch.stack([loss, norm.to(loss)])
 
@@ -370,7 +373,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
         except OSError as error:
             kept = f"that of step {saved} is kept" if saved else "there is no older one"
             if final:
-                raise Stop(f"the checkpoint of step {step} was not written ({error}); {kept}. Free some space, --resume")
+                raise Stop(f"the checkpoint of step {step} was not written ({error}); {kept}. Free space and --resume")
             log(f"the checkpoint of step {step} was not written ({error}); {kept}. Training goes on")
 
     caught: list[int] = []                                # signals, acted on between two steps
@@ -416,8 +419,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             if saving:
                 save(done, final=stopping or done == config.steps)
             if stopping and done < config.steps:
-                raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to go "
-                           "on, add --resume to the same command", 128 + caught[0])
+                raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to "
+                           "go on, add --resume to the same command", 128 + caught[0])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -442,17 +445,18 @@ def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) 
     recent.clear()
     for step, pair in enumerate(values, done - len(values) + 1):
         if not all(map(math.isfinite, pair)):
-            good = f"the last good checkpoint is {last}, of step {saved}" if saved and last else "there is no checkpoint"
+            good = f"the last good checkpoint is {last}, of step {saved}" if saved and last else "there is none"
             raise Stop(f"step {step} has loss {pair[0]} and gradient norm {pair[1]}; {good}. Likely causes: a rate too "
                        "high or a warm-up too short (try a third of --max-lr), no clipping, a precision that overflows")
     return values[-1]
 
 
 def open_journal(path: Path, first: int) -> TextIO:
-    """log.jsonl, cut back to the step where the run begins: a killed one may have left half a line, and steps to redo."""
+    """log.jsonl, cut back to where the run begins: a killed one may have left half a line, and steps to redo."""
     lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
     with write_whole(path) as file:
-        file.writelines(f"{line}\n".encode() for line in lines if line.endswith("}") and json.loads(line)["step"] <= first)
+        whole = (line for line in lines if line.endswith("}"))
+        file.writelines(f"{line}\n".encode() for line in whole if json.loads(line)["step"] <= first)
     return open(path, "a", buffering=1, encoding="utf-8")
 
 
@@ -518,9 +522,14 @@ class Setup:
             self.attention = {"plain": model.plain_attention, "sdpa": model.sdpa_attention}[args.attention]
         self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
         backend = "triton" if self.device.type == "cuda" else "torch"
-        fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y, backend=backend)
-        loss_fn = fused if args.loss == "fused" else lambda m, x, y: model.cross_entropy(m(x), y)
+        full = lambda m, x, y: model.cross_entropy(m(x), y)
+        fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y,
+                                                           backend=backend)
+        loss_fn = fused if args.loss == "fused" else full
         self.loss_fn = torch.compile(loss_fn, mode=args.compile_mode) if args.compile else loss_fn
+        c = self.config                                   # steps count from 0, and the first one already moves
+        self.schedule = lambda step: optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
+        self.clip = partial(optim.clip_grad_norm_, error_if_nonfinite=False)     # the loop finds it, a little later
 
     def model(self) -> torch.nn.Module:
         """A new model, the same one for the same seed."""
@@ -534,7 +543,8 @@ class Setup:
         AdamW decays the matrices alone; in FSDP's shards they are flat, so they are told apart before it wraps them.
         """
         c, args, wrapper, own = self.config, self.args, None, [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in own if p.dim() >= 2]}, {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
+        groups = [{"params": [p for p in own if p.dim() >= 2]},
+                  {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
         adamw, options = self.optim.AdamW, dict(lr=c.max_lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
         if args.parallel in ("ddp", "zero1"):
@@ -556,17 +566,8 @@ class Setup:
         assert sorted(grouped) == sorted(map(id, own)), "a parameter stands in no group, or in two"
         return optimizer, wrapper
 
-    def schedule(self, step: int) -> float:
-        """The rate of a step counted from 0; the first one already moves."""
-        c = self.config
-        return self.optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
-
-    def clip(self, parameters: Any, max_norm: float) -> Tensor:
-        """One norm over all. If it is not finite, the loop finds it when it reads the losses."""
-        return self.optim.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
-
     def data(self) -> tuple[np.ndarray, np.ndarray, Any]:
-        """Training tokens, validation tokens and their tokenizer; of the embedded corpus, what is missing is made now."""
+        """Training and validation tokens, and their tokenizer; what is missing of the embedded corpus is made now."""
         folder = Path(self.args.tokens or f"out/{self.args.preset}")
         if folder == Path("out/corpus") and not (folder / "valid.npy").exists():
             print(f"corpus: {gather_corpus(folder)} (documents, bytes) in {folder}")
@@ -587,7 +588,7 @@ class Setup:
         targets = windows_at(valid_tokens, starts, config.context_length, "cpu")[1]
         lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
         about = dict(model_config=dataclasses.asdict(self.model_config), train_config=dataclasses.asdict(config),
-                     command=sys.argv, torch=torch.__version__, python=platform.python_version(), device=str(self.device))
+                     command=sys.argv, torch=torch.__version__, python=platform.python_version())
         say = partial(print, flush=True) if first else lambda line: None
         if first:                                         # a run keeps the source that made it
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -596,9 +597,9 @@ class Setup:
                 shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
         model = self.model()
         optimizer, wrapper = self.join(model)
-        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | "
-            f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, {config.precision}, "
-            f"attention {args.attention}, loss {args.loss}, {args.optimizer} {args.update}, compile {args.compile}, "
+        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | {config.steps} "
+            f"steps of {config.batch_size} x {config.context_length} | {self.device}, {config.precision}, "
+            f"{args.attention} attention, {args.loss} loss, {args.optimizer} {args.update}, compile {args.compile}, "
             f"parallel {args.parallel} | seed {config.seed}")
         sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
         try:
@@ -633,7 +634,8 @@ class Setup:
         self.model_config = self.lm.ModelConfig(**state["model_config"])
         model = self.model()
         load_checkpoint(state, model)
-        return model.eval(), self.bpe.Tokenizer.from_file(Path(self.args.tokens or f"out/{self.args.preset}") / "tokenizer.json")
+        folder = Path(self.args.tokens or f"out/{self.args.preset}")
+        return model.eval(), self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
 
 
 def compare(run_dirs: list[Path]) -> None:
@@ -643,8 +645,7 @@ def compare(run_dirs: list[Path]) -> None:
         run, result, lines = read_run(run_dir)
         if target is None:
             target = result.get("valid_loss", math.inf)
-            print(f"{'run':22s} {'steps':>6s} {'batch':>6s} {'max lr':>8s} {'train':>7s} {'valid':>7s} {'bits/byte':>9s} "
-                  f"{'tokens to ' + format(target, '.3f'):>16s}")
+            print(f"run                     steps  batch   max lr   train   valid bits/byte  tokens to {target:.3f}")
         reached = [line["tokens"] for line in lines if line.get("valid_loss", math.inf) <= target]
         print(f"{run_dir.name:22s} {run['steps']:6d} {run['batch_size']:6d} {run['max_lr']:8.1e} " + (
               result["stopped"][:60] if "stopped" in result else
@@ -661,7 +662,7 @@ def read_run(run_dir: Path) -> tuple[dict, dict, list[dict]]:
 
 
 def plot(run_dirs: list[Path]) -> None:
-    """Loss against tokens, to loss.png in the first folder, where matplotlib is installed; of several runs, validation."""
+    """Loss against tokens, to loss.png in the first folder, if matplotlib is there; of several runs only validation."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -688,12 +689,11 @@ def bench(setup: Setup) -> None:
     ceiling = 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
     causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
-    print(f"{setup.lm.count_parameters(setup.model_config) / 1e6:.1f}M parameters, batch {B} x {T}, {config.precision}, "
-          f"compile {args.compile}, attention {args.attention}, loss {args.loss}, update {args.update}, recompute "
-          f"{args.recompute} | {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
+    count = setup.lm.count_parameters(setup.model_config)
+    print(f"{count / 1e6:.1f}M parameters, batch {B} x {T}, {config.precision}, compile "
+          f"{args.compile}, {args.attention} attention, {args.loss} loss, update {args.update}, recompute {args.recompute} | {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
           f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
-    print(f"{'mode':17s} {'mean ms':>9s} {'std':>7s} {'median':>9s} {'tokens/s':>11s} {'TFLOP/s':>8s} {'of ceiling':>10s} "
-          f"{'peak GB':>8s}")
+    print("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
     tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint16)
     generator = torch.Generator().manual_seed(config.seed)
     for mode in args.modes:
@@ -701,17 +701,15 @@ def bench(setup: Setup) -> None:
         optimizer, _ = setup.join(model)
 
         def one() -> None:
-            with phase("data"):
-                x, y = get_batch(tokens, B, T, device, generator)
+            x, y = get_batch(tokens, B, T, device, generator)
             if mode == "step":
                 training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config)
                 return
-            optimizer.zero_grad(set_to_none=True)
-            with phase("forward"), torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
+            with torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
                 loss = setup.loss_fn(model, x, y)
             if mode == "forward+backward":
-                with phase("backward"):
-                    loss.backward()
+                loss.backward()
+                optimizer.zero_grad(set_to_none=True)
 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -739,14 +737,12 @@ def bench(setup: Setup) -> None:
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` calls after `warmup` ones; the GPU is waited for before and after each."""
-    times = []
+    wait, times = torch.cuda.synchronize if cuda else lambda: None, []
     for _ in range(warmup + repeats):
-        if cuda:
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         f()
-        if cuda:
-            torch.cuda.synchronize()
+        wait()
         times.append(time.perf_counter() - start)
     return times[warmup:]
 
