@@ -597,8 +597,9 @@ class Setup:
                 shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
         model = self.model()
         optimizer, wrapper = self.join(model)
-        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | {config.steps} "
-            f"steps of {config.batch_size} x {config.context_length} | {self.device}, {config.precision}, "
+        size = f"{config.batch_size} x {config.context_length}"
+        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | "
+            f"{config.steps} steps of {size} | {self.device}, {config.precision}, "
             f"{args.attention} attention, {args.loss} loss, {args.optimizer} {args.update}, compile {args.compile}, "
             f"parallel {args.parallel} | seed {config.seed}")
         sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
@@ -690,8 +691,9 @@ def bench(setup: Setup) -> None:
     flops = setup.lm.count_flops(setup.model_config, T)
     causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
     count = setup.lm.count_parameters(setup.model_config)
-    print(f"{count / 1e6:.1f}M parameters, batch {B} x {T}, {config.precision}, compile "
-          f"{args.compile}, {args.attention} attention, {args.loss} loss, update {args.update}, recompute {args.recompute} | {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
+    print(f"{count / 1e6:.1f}M, {B} x {T} tokens, {config.precision}, {args.attention} attention, {args.loss} "
+          f"loss, update {args.update}, compile {args.compile}, recompute {args.recompute} | "
+          f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
           f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
     print("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
     tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint16)
