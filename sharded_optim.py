@@ -351,7 +351,7 @@ class FSDP(nn.Module):
         self.gathered_bytes = self.peak_gathered_bytes = 0
         self.log = None                                                        # called with ("gather" | ..., unit name)
         for name, t in [*module.named_parameters(), *module.named_buffers()]:
-            if self._nccl != t.is_cuda:
+            if t.device.type != ("cuda" if self._nccl else "cpu"):
                 raise ValueError(f"{name} is on {t.device}, out of {dist.get_backend()}'s reach; move the module first")
             _broadcast(t, 0)
         self._shards = {p: _Shard(p, self.world_size) for p in module.parameters()
