@@ -5,10 +5,9 @@ What:       Power-law, IsoFLOP and parametric fits in numpy; an HTTP server that
             main job, `run`: sweep small models, fit, predict one of 8 times the compute, train it, compare.
 Source:     Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556, section 3 and appendix D.3; Kaplan et al. 2020,
             arXiv:2001.08361, figure 5 and D.6 (the `law` backend); Yang et al. 2022, arXiv:2203.03466 (rate ~ 1/width).
-Deviations: 1. The parametric fit is Levenberg-Marquardt from the best 48 of Chinchilla's 4,500 starts; the paper runs
-            L-BFGS from each. 2. In real training N counts every weight that multiplies: the head, not the input table;
-            in models this small 12 L d^2 alone leaves out much of the work. 3. /loss also tells backend, parameters
-            and tokens, every answer has the header X-Backend, and a status names its kind as `type` and as `status`.
+Deviations: 1. The parametric fit runs Levenberg-Marquardt from the best 48 of Chinchilla's 4,500 starts, not L-BFGS
+            from all. 2. In real training N counts every weight that multiplies, so the head but not the input table.
+            3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend.
 Copy:       this file alone; needs numpy. `--backend train` also wants model.py, optim.py, train.py, bpe.py and torch.
 Run:        python scaling.py                     the three fits on made-up runs, what goes wrong, the self-check
 """
@@ -29,7 +28,6 @@ import urllib.request
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -37,8 +35,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import numpy as np
 
 # Dims: N parameters, D tokens, C = 6 N D FLOPs, n runs, S starts of a fit, d model width, L layers, V vocabulary
-
 # ---------------------------------------------------------------------------------------------------------- 1. the fits
+
 
 def columns(minimum: int, **named) -> list[np.ndarray]:
     """The named sequences as float64 (n,). Raises: ValueError unless equally long, positive, finite, n >= minimum."""
@@ -52,14 +50,8 @@ def columns(minimum: int, **named) -> list[np.ndarray]:
     return list(arrays.values())
 
 
-@dataclass(frozen=True)
-class PowerLaw:
+class PowerLaw(namedtuple("PowerLaw", "coefficient exponent r2 coefficient_error exponent_error")):
     """y = coefficient * x ** exponent, R2 of log y, and one standard error of each (to first order; NaN from two x)."""
-    coefficient: float
-    exponent: float
-    r2: float
-    coefficient_error: float
-    exponent_error: float
 
     def __call__(self, x):
         return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
@@ -102,9 +94,9 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     rounded, rows, notes = np.array([float(f"{c:.6g}") for c in C]), [], []
     for budget in np.unique(rounded):
         u, losses = np.log(N[rounded == budget]), loss[rounded == budget]
-        best, best_loss, sizes = u[losses.argmin()], losses.min(), len(np.unique(u))
+        best, best_loss = u[losses.argmin()], losses.min()
         if method == "parabola":
-            if sizes < 3:
+            if (sizes := len(np.unique(u))) < 3:
                 raise ValueError(f'budget {budget:g} has {sizes} distinct sizes; a parabola needs 3, "min" needs 1')
             middle, width = u.mean(), np.ptp(u)                          # centred and scaled: well conditioned
             c2, c1, c0 = np.polyfit((u - middle) / width, losses, 2)
@@ -121,19 +113,8 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     return Optima(*np.array(rows).T, notes)
 
 
-CONSTANTS = ("E", "A", "B", "alpha", "beta")
-
-
-@dataclass(frozen=True)
-class ParametricLaw:
+class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective intervals", defaults=(0.0, {}))):
     """L(N, D) = E + A / N**alpha + B / D**beta, nats a token; the mean Huber loss reached; 95% intervals by name."""
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-    objective: float = 0.0
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def __call__(self, N, D):
         return self.E + self.A / np.asarray(N, float) ** self.alpha + self.B / np.asarray(D, float) ** self.beta
@@ -173,6 +154,7 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
         diagonal = damping[:, None] * np.einsum("sii->si", hessian) + 1e-14
         gradient = np.einsum("sni,sn->si", weighted, r)[..., None]
         trial = theta - np.linalg.solve(hessian + diagonal[..., None] * np.eye(5), gradient)[..., 0].clip(-2, 2)
+        trial[:, 3:] = trial[:, 3:].clip(1e-3)                           # a loss that grows with N or D is no law
         trial_value, trial_r, trial_jacobian = evaluate(trial)
         better = trial_value < value
         for old, new in ((theta, trial), (value, trial_value), (r, trial_r), (jacobian, trial_jacobian)):
@@ -184,12 +166,11 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
 
 
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed: int = 0) -> ParametricLaw:
-    """The five constants of L = E + A/N^alpha + B/D^beta (Chinchilla, approach 3), by Huber loss on log L.
+    """The five constants of L = E + A/N^alpha + B/D^beta, by Huber loss on log L (Chinchilla, approach 3 and D.3).
 
     Args: N parameters, D tokens, loss nats, of at least 5 runs. delta: where the Huber loss turns from squares to
           absolute values. bootstrap: how many times the runs are drawn again for the 95% intervals, 0 for none.
     Raises: ValueError on too few runs, on one N or one D alone, or values that are not positive and finite.
-    Source: Hoffmann et al. 2022, equations 2 and 3, appendix D.3 and its grid of starts.
     """
     N, D, loss = columns(5, N=N, D=D, loss=loss)
     u, v, y = np.log(N), np.log(D), np.log(loss)
@@ -205,58 +186,61 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed:
     if bootstrap:
         drawn = np.random.default_rng(seed).multinomial(len(u), np.full(len(u), 1 / len(u)), size=bootstrap)
         again, _ = huber_fit(np.tile(best, (bootstrap, 1)), u, v, y, drawn, delta)
-        intervals = dict(zip(CONSTANTS, map(tuple, np.percentile(constants(again), [2.5, 97.5], axis=0).T.tolist())))
+        ends = np.percentile(constants(again), [2.5, 97.5], axis=0).T.tolist()
+        intervals = dict(zip(ParametricLaw._fields, map(tuple, ends)))
     return ParametricLaw(*constants(best).tolist(), float(value.min()), intervals)
 
 
 # --------------------------------------------------------------------------------------- 2. the approaches side by side
 
-def compare(N, C, loss, bootstrap: int = 200, log=print) -> dict:
-    """Logs the runs by budget and the three approaches. Returns: {"min", "parabola": Optima, "parametric": the law}."""
+def compare(N, C, loss, picture: Path | None = None) -> dict:
+    """Prints the three approaches, and draws them. Returns: {"min", "parabola": Optima, "parametric": the law}."""
     N, C, loss = columns(5, N=N, C=C, loss=loss)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                  # the notes are logged below
+        warnings.simplefilter("ignore")                                  # the notes are printed below
         found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
-    law, best = fit_parametric(N, C / (6 * N), loss, bootstrap=bootstrap), found["parabola"]
-    log("budget    N:loss of each run, * the lowest; vertex of the parabola")
+    law, best = fit_parametric(N, C / (6 * N), loss, bootstrap=200), found["parabola"]
+    print("budget    N:loss of each run, * the lowest; vertex of the parabola")
     for budget, vertex, value in zip(best.C, best.N, best.loss):
         same = np.isclose(C, budget, 1e-5)
         cells = [f"{n:9.3g}:{y:.3f}{'*' if y == loss[same].min() else ' '}" for n, y in sorted(zip(N[same], loss[same]))]
-        log(f"{budget:8.3g} {''.join(cells)} vertex {vertex:.3g}:{value:.3f}")
-    far, rows = C.max() * np.array([10, 100]), {}
+        print(f"{budget:8.3g} {''.join(cells)} vertex {vertex:.3g}:{value:.3f}")
+    print("".join(f"note: {note}\n" for note in best.notes) + "\napproach     N_opt ~ C^a   D_opt ~ C^(1-a)"
+          "    N, loss at 10x the largest budget       at 100x")
+    far, rows = C.max() * np.array([10, 100]), {"parametric": (law.beta / (law.alpha + law.beta), math.nan)}
     for name, optima in found.items():
-        to_n = fit_power_law(optima.C, optima.N)
-        rows[name] = to_n.exponent, f"+-{to_n.exponent_error:.3f}", to_n(far), fit_power_law(optima.C, optima.loss)(far)
-    rows["parametric"] = law.beta / (law.alpha + law.beta), "", law.optimal(far)[0], law(*law.optimal(far))
-    log("".join(f"note: {note}\n" for note in best.notes) + "\napproach    N_opt ~ C^a      D_opt ~ C^(1-a)"
-        "  N, loss at 10x the largest budget       at 100x")
-    for name, (a, error, n, y) in rows.items():
-        log(f"{name:11s}{a:8.3f} {error:8s}{1 - a:14.3f}" + "".join(f"{n[i]:18.3g}{y[i]:8.3f}" for i in (0, 1)))
-    log("parametric: " + ", ".join(f"{name} {getattr(law, name):.4g}" + (" ({:.4g} to {:.4g})".format(
-        *law.intervals[name]) if bootstrap else "") for name in CONSTANTS))
+        rows[name] = (to_n := fit_power_law(optima.C, optima.N)).exponent, to_n.exponent_error
+        rows[name] += *to_n(far), *fit_power_law(optima.C, optima.loss)(far)
+    rows["parametric"] += *law.optimal(far)[0], *law(*law.optimal(far))
+    for name, (a, error, *values) in rows.items():
+        print("{:11s}{:8.3f} +-{:5.3f}{:14.3f}{:19.3g}{:8.3f}{:18.3g}{:8.3f}".format(
+            name, a, error, 1 - a, values[0], values[2], values[1], values[3]).replace("+-  nan", " " * 7))
+    print("with", ", ".join(f"{name} {value:.4g} ({law.intervals[name][0]:.4g} to {law.intervals[name][1]:.4g})"
+                            for name, value in zip(law._fields[:5], law)))
+    if picture:
+        print(draw(N, C, loss, best, law, picture))
     return found | {"parametric": law}
 
 
-def draw(N, C, loss, fits: dict, path: Path) -> str:
+def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> str:
     """IsoFLOP curves with their optima, and N_opt and D_opt against C, as a PNG. Returns: what to tell the reader."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return "no picture: pip install matplotlib draws one"
-    figure, best, law = Figure(figsize=(11, 4.2), layout="tight"), fits["parabola"], fits["parametric"]
+    figure = Figure(figsize=(11, 4.2), layout="tight")
     left, right = figure.subplots(1, 2)
-    for budget in best.C:
+    for i, budget in enumerate(best.C):
         n, y = N[np.isclose(C, budget, 1e-5)], loss[np.isclose(C, budget, 1e-5)]
-        points, = left.semilogx(n, y, "o", label=f"{budget:.2g} FLOPs")
-        left.semilogx(grid := np.geomspace(n.min(), n.max()), law(grid, budget / (6 * grid)), color=points.get_color())
-    left.semilogx(best.N, best.loss, "k*", label="vertex of the parabola")
+        grid = np.geomspace(n.min(), n.max())
+        left.semilogx(n, y, f"C{i}o", grid, law(grid, budget / (6 * grid)), f"C{i}-", label=f"{budget:.2g} FLOPs")
+    left.semilogx(best.N, best.loss, "k*")
     wide = np.geomspace(best.C.min(), best.C.max() * 100)
-    for name, optimum, line in (("N_opt", best.N, law.optimal(wide)[0]), ("D_opt", best.D, law.optimal(wide)[1])):
-        points, = right.loglog(best.C, optimum, "o", label=f"{name} by parabola; line: parametric")
-        right.loglog(wide, line, color=points.get_color())
-    left.set(xlabel="parameters N", ylabel="loss (nats a token)", title="IsoFLOP runs; lines: the parametric fit")
-    right.set(xlabel="compute C (FLOPs)", title="the best size and data for a budget")
-    left.legend(fontsize=7), right.legend(fontsize=7)
+    for i, (name, vertices, line) in enumerate(zip(("N_opt", "D_opt"), (best.N, best.D), law.optimal(wide))):
+        right.loglog(best.C, vertices, f"C{i}o", wide, line, f"C{i}-", label=name)
+    left.set(xlabel="parameters N", ylabel="loss (nats a token)", title="runs, parametric fit, * vertices of parabolas")
+    right.set(xlabel="compute C (FLOPs)", title="best size and data: vertices, parametric fit")
+    left.legend(), right.legend()
     figure.savefig(path, dpi=130)
     return f"picture: {path}"
 
@@ -280,10 +264,10 @@ def walk_through(seed: int = 0) -> None:
         misfit = ((basis * (basis @ best.N / (basis ** 2).sum(1))[:, None] - best.N) ** 2).sum(1)     # at the best k
         exponents.append((*(fit_power_law(o.C, o.N).exponent for o in (best, low)), powers[misfit.argmin()]))
     print("\nwhat goes wrong: the exponent a over 20 draws with 1% noise, mean +- standard deviation")
-    for mean, spread, name in zip(np.mean(exponents, 0), np.std(exponents, 0), (
+    for a, name in zip(np.array(exponents).T, (
             "vertices, fitted in log-log space", "lowest runs, log-log: they jump by whole grid steps",
             "vertices, k C^a fitted in linear space: the largest budget decides alone")):
-        print(f"  {mean:.3f} +- {spread:.3f}  {name}")
+        print(f"  {a.mean():.3f} +- {a.std():.3f}  {name}")
 
 
 # ----------------------------------------------------------------------------------------------- 3. what may be asked for
@@ -297,13 +281,12 @@ COURSE = {"d_model": (int, 64, 1024), "num_layers": (int, 2, 24), "num_heads": (
           "learning_rate": (float, 1e-4, 1e-3),
           "train_flops": {k * 10 ** e for k in (1, 3, 6) for e in range(13, 18)} | {10 ** 18}}
 HOME = {"d_model": (int, 8, 1024), "num_layers": (int, 1, 24), "num_heads": (int, 1, 16), "batch_size": (int, 1, 256),
-        "learning_rate": (float, 1e-5, 0.2), "train_flops": (int, 10 ** 9, 10 ** 18)}         # what a laptop can train
+        "learning_rate": (float, 1e-5, 0.2), "train_flops": (int, 10 ** 9, 10 ** 18)}          # what a laptop can train
 RATE, FRACTION, DECAY, COUNT = (float, 0, 1e3), (float, 0, 1), (float, 0, 0.999999), (int, 1, 1 << 20)
-SGD = {"lr_scheduler": {"peak": RATE, "final_lr_frac": FRACTION, "warmup_frac": FRACTION, "init": RATE},
-       "weight_decay": FRACTION, "momentum": DECAY, "nesterov": bool,
-       "grad_clip_norm": lambda norm: norm if norm is None else check(norm, (float, 1e-9, 1e9), "grad_clip_norm")}
-ADAMW = {name: SGD[name] for name in ("lr_scheduler", "weight_decay", "grad_clip_norm")} | {
-    "betas": [DECAY, DECAY], "eps": FRACTION, "eps_root": FRACTION}
+BOTH = {"lr_scheduler": {"peak": RATE, "final_lr_frac": FRACTION, "warmup_frac": FRACTION, "init": RATE},
+        "weight_decay": FRACTION,
+        "grad_clip_norm": lambda norm: norm if norm is None else check(norm, (float, 1e-9, 1e9), "grad_clip_norm")}
+SGD, ADAMW = BOTH | {"momentum": DECAY, "nesterov": bool}, BOTH | {"betas": [DECAY] * 2, "eps": FRACTION, "eps_root": FRACTION}
 TRAINING = {
     "architecture_config": {
         "attention_bias": bool, "head_dim": (int, 2, 1024), "hidden_size": COUNT, "intermediate_size": COUNT,
@@ -320,44 +303,39 @@ def check(value, rule, name: str, out_of_range: int = 422):
     """The value in the rule's type. Raises: Refused `out_of_range` for one that is not allowed, 422 for another kind."""
     def refuse(wanted: str, status: int = 422):
         raise Refused(status, f"{name} must be {wanted}, got {repr(value)[:60]}")
-    if callable(rule) and rule is not bool:
-        return rule(value)
-    words = isinstance(rule, set) and "float32" in rule
-    kind, what = (dict, "an object") if isinstance(rule, dict) else (list, "a list") if isinstance(rule, list) else \
-        (bool, "true or false") if rule is bool else (str, "text") if words else ((int, float), "a number")
-    if not isinstance(value, kind) or isinstance(value, bool) and rule is not bool:
-        refuse(what)
     if isinstance(rule, dict):
-        for amiss, names in (("unknown", value.keys() - rule.keys()), ("missing", rule.keys() - value.keys())):
-            if names:
-                raise Refused(422, f"{amiss} in {name}: {', '.join(sorted(names))[:200]}; it takes {', '.join(rule)}")
+        if amiss := value.keys() ^ rule.keys() if isinstance(value, dict) else {"an object"}:
+            raise Refused(422, f"{name} must have {', '.join(rule)}; unknown or missing: {', '.join(sorted(amiss))[:200]}")
         return {key: check(value[key], inner, key, out_of_range) for key, inner in rule.items()}
     if isinstance(rule, list):
-        return [check(*pair, name) for pair in zip(value, rule)] if len(value) == len(rule) else refuse(f"{len(rule)} long")
+        fits = isinstance(value, list) and len(value) == len(rule)
+        return [check(*pair, name) for pair in zip(value, rule)] if fits else refuse(f"a list of {len(rule)} numbers")
+    if rule is bool:
+        return value if isinstance(value, bool) else refuse("true or false")
+    if callable(rule):
+        return rule(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, str) if isinstance(rule, set) else (int, float)):
+        refuse("a number or a word")
     if isinstance(rule, set):
         return value if value in rule else refuse(f"one of {', '.join(map(str, sorted(rule)))}", out_of_range)
-    if isinstance(rule, tuple):
-        if not rule[1] <= value <= rule[2]:                              # NaN as well
-            refuse(f"in range [{rule[1]}, {rule[2]}]", out_of_range)
-        return rule[0](value) if value == rule[0](value) else refuse("a whole number")
-    return value
+    kind, low, high = rule
+    if not low <= value <= high:                                         # NaN as well
+        refuse(f"in range [{low}, {high}]", out_of_range)
+    return kind(value) if value == kind(value) else refuse("a whole number")
 
 
 def from_query(query: dict, backend, seed: int) -> dict:
     """The training config that a 2025 query means; what that leaves open is set here. Tokens D = train_flops / 6N."""
-    d, heads = query["d_model"], query["num_heads"]
-    config = {
-        "architecture_config": {
-            "attention_bias": False, "head_dim": max(2, 2 * round(d / heads / 2)), "hidden_size": d,
-            "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
-            "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-            "tie_word_embeddings": False, "dtype": "float32", "vocab_size": backend.vocab_size},
-        "optimizer_config": {
-            "lr_scheduler": {"peak": query["learning_rate"], "final_lr_frac": 0.1, "warmup_frac": 0.05, "init": 0.0},
-            "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0, "grad_clip_norm": 1.0},
-        "train_batch_size": query["batch_size"], "val_batch_size": query["batch_size"], "n_evals": 1,
-        "max_runtime_seconds": 1e6, "model_seed": seed}
-    return config | {"total_train_tokens": max(1, round(query["train_flops"] / (6 * backend.count_parameters(config))))}
+    d, heads, batch = query["d_model"], query["num_heads"], query["batch_size"]
+    shape = {"attention_bias": False, "head_dim": max(2, 2 * round(d / heads / 2)), "hidden_size": d,
+             "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
+             "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+             "tie_word_embeddings": False, "dtype": "float32", "vocab_size": backend.vocab_size}
+    rates = {"peak": query["learning_rate"], "final_lr_frac": 0.1, "warmup_frac": 0.05, "init": 0.0}
+    return {"architecture_config": shape, "optimizer_config": {
+                "lr_scheduler": rates, "weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0},
+            "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "model_seed": seed, "max_runtime_seconds": 1e6,
+            "total_train_tokens": max(1, round(query["train_flops"] / (6 * backend.count_parameters(shape))))}
 
 
 # ---------------------------------------------------------------------------------------------------- 4. the two backends
@@ -370,19 +348,18 @@ class LawBackend:
     """
     name, vocab_size, head = "law", 32000, 0
 
-    def count_parameters(self, config: dict) -> int:
+    def count_parameters(self, shape: dict) -> int:
         """N: a layer's attention (4 d^2 in the usual shape) and SwiGLU (8 d^2), and V d where the head is counted."""
-        shape = config["architecture_config"]
         d, heads = shape["hidden_size"], shape["num_attention_heads"] + shape["num_key_value_heads"]
         layer = 2 * d * heads * shape["head_dim"] + 3 * d * shape["intermediate_size"]
         return shape["num_hidden_layers"] * layer + self.head * d * shape["vocab_size"]
 
     def run(self, config: dict, report) -> tuple[list[float], float]:
         """(validation losses, seconds); report(losses) is called as they come. Raises: ValueError with the reason."""
-        shape, N, D = config["architecture_config"], self.count_parameters(config), config["total_train_tokens"]
+        shape, D = config["architecture_config"], config["total_train_tokens"]
+        N, rate = self.count_parameters(shape), max(config["optimizer_config"]["lr_scheduler"]["peak"], 1e-9)
         if (seconds := 6 * N * D / 4e14) > config["max_runtime_seconds"]:
             raise ValueError(f"passed max_runtime_seconds, it takes {seconds:.0f} s")
-        rate = max(config["optimizer_config"]["lr_scheduler"]["peak"], 1e-9)
         off_rate = math.log(rate / max(1e-5, 0.003239 - 0.0001395 * math.log(N)))
         off_shape = math.log(shape["hidden_size"] / (50 * shape["num_hidden_layers"]))
         noise = math.exp(random.Random(json.dumps(config, sort_keys=True)).gauss(0, 0.002))
@@ -395,13 +372,12 @@ class TrainBackend(LawBackend):
     """Trains each run in a process of its own, which can be killed, and which ends soon after the server does."""
     name, head = "train", 1
 
-    def __init__(self, tokens: str | Path, context_length: int = 128, device: str = "auto", threads: int = 1):
+    def __init__(self, tokens: str | Path, context_length: int = 128, threads: int = 1):
         try:
             ids = [np.load(Path(tokens) / f"{split}.npy", mmap_mode="r") for split in ("train", "valid")]
-            self.vocab_size = 1 + max(int(part.max()) for part in ids)
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokens in {tokens} ({error}); give --tokens DIR with train.npy, valid.npy") from None
-        self.how = str(tokens), context_length, device, threads
+        self.vocab_size, self.how = 1 + max(int(part.max()) for part in ids), (str(tokens), context_length, threads)
 
     def run(self, config: dict, report) -> tuple[list[float], float]:
         context = multiprocessing.get_context("spawn")                   # not fork: the server has threads
@@ -409,18 +385,16 @@ class TrainBackend(LawBackend):
         process = context.Process(target=train_once, args=(config, *self.how, send), daemon=True)
         process.start()
         send.close()                                                     # now the process's end is the pipe's end
-        began, limit, kind = time.perf_counter(), 600.0, ""              # seconds to import torch
         try:
+            receive.recv()                                               # torch is imported: the clock starts
+            began, limit = time.perf_counter(), config["max_runtime_seconds"]
             while receive.poll(max(0.0, began + limit - time.perf_counter())):
                 kind, value = receive.recv()
-                if kind == "ready":
-                    began, limit = time.perf_counter(), config["max_runtime_seconds"]
-                elif kind == "losses":
-                    report(value)
-                elif kind == "done":
-                    return value, time.perf_counter() - began
-                else:
+                if kind == "failed":
                     raise ValueError(value)
+                if kind == "done":
+                    return value, time.perf_counter() - began
+                report(value)
             raise ValueError(f"passed max_runtime_seconds {limit:g}")
         except EOFError:
             raise ValueError("its process was killed") from None
@@ -428,8 +402,8 @@ class TrainBackend(LawBackend):
             process.kill()
 
 
-def train_once(config: dict, tokens: str, context_length: int, device: str, threads: int, pipe) -> None:
-    """In a process of its own: model.py, trained by train.py as the config says. Sends ready, losses, done or failed."""
+def train_once(config: dict, tokens: str, context_length: int, threads: int, pipe) -> None:
+    """In a process of its own: model.py, trained by train.py as the config says. Sends losses, then done or failed."""
     try:
         import torch
         import model as transformer                                      # a driver imports siblings, and only in here
@@ -437,25 +411,24 @@ def train_once(config: dict, tokens: str, context_length: int, device: str, thre
         import train
         torch.set_num_threads(threads)
         torch.manual_seed(config["model_seed"])
-        pipe.send(("ready", None))
+        pipe.send(("losses", losses := []))
         shape, given, batch = config["architecture_config"], config["optimizer_config"], config["train_batch_size"]
         if given.get("eps_root"):
             raise ValueError("eps_root must be 0, this AdamW has none")
-        network = transformer.TransformerLM(transformer.ModelConfig(
-            context_length=context_length, vocab_size=shape["vocab_size"], d_model=shape["hidden_size"],
-            num_layers=shape["num_hidden_layers"], num_heads=shape["num_attention_heads"], head_dim=shape["head_dim"],
-            num_kv_heads=shape["num_key_value_heads"], d_ff=shape["intermediate_size"], rope_theta=shape["rope_theta"],
-            norm_eps=shape["rms_norm_eps"], qkv_bias=shape["attention_bias"],
-            tie_embeddings=shape["tie_word_embeddings"]), attention=transformer.sdpa_attention)
-        network.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        names = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+                 "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
+                 "attention_bias": "qkv_bias", "tie_word_embeddings": "tie_embeddings"}
+        settings = {names.get(name, name): value for name, value in shape.items() if name != "dtype"}
+        network = transformer.TransformerLM(transformer.ModelConfig(context_length=context_length, **settings),
+                                            transformer.sdpa_attention)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
         groups = [{"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
                   {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        rates = given["lr_scheduler"]
-        peak, low, init = rates["peak"], rates["peak"] * rates["final_lr_frac"], rates["init"]
-        optimizer = optim.AdamW(groups, lr=peak, betas=tuple(given["betas"]), eps=given["eps"], fused="foreach") if "betas" in given \
-            else torch.optim.SGD(groups, lr=peak, momentum=given["momentum"], nesterov=given["nesterov"])
+        peak, low_share, warm_share, init = (given["lr_scheduler"][name] for name in BOTH["lr_scheduler"])
+        optimizer = optim.AdamW(groups, peak, tuple(given["betas"]), given["eps"], fused="foreach") if "betas" in given \
+            else torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
         steps = max(1, round(config["total_train_tokens"] / (batch * context_length)))
-        warmup, losses = round(rates["warmup_frac"] * steps), []
+        warmup, low = round(warm_share * steps), peak * low_share
 
         def schedule(step: int) -> float:                                # linear from init to the peak, half a cosine down
             if step < warmup:
@@ -465,13 +438,12 @@ def train_once(config: dict, tokens: str, context_length: int, device: str, thre
         def log(line: str) -> None:                                      # sends even nothing new: is the server there?
             losses.extend(map(float, re.findall(r"\| valid (\S+) nats", line)))
             pipe.send(("losses", losses))
-        data = [train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
-                for split in ("train", "valid")]
+        data = (train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
+                for split in ("train", "valid"))
         result = train.train(network, optimizer, *data, train.TrainConfig(
-            steps=steps, batch_size=batch, context_length=context_length, max_lr=peak, min_lr=low, log_every=50,
-            clip_norm=given["grad_clip_norm"] or math.inf, seed=config["model_seed"], checkpoint_every=0,
-            eval_every=-(-steps // config["n_evals"]), eval_windows=512,
-            precision="autocast" if shape["dtype"] == "bfloat16" else "fp32"), schedule=schedule, log=log)
+            steps=steps, batch_size=batch, context_length=context_length, seed=config["model_seed"], log_every=50,
+            clip_norm=given["grad_clip_norm"] or math.inf, eval_every=-(-steps // config["n_evals"]), eval_windows=512,
+            checkpoint_every=0, precision="autocast" if shape["dtype"] == "bfloat16" else "fp32"), schedule=schedule, log=log)
         pipe.send(("done", losses[:-1] + [result["valid_loss"]]))
     except BrokenPipeError:                                              # the server is gone
         pass
@@ -482,32 +454,30 @@ def train_once(config: dict, tokens: str, context_length: int, device: str, thre
 # ----------------------------------------------------------------------------------- 5. the store, and the HTTP server
 
 class Store:
-    """Every run ever accepted and what it cost, in one sqlite file, written before it is answered; and who runs them.
+    """Every run ever accepted, what it cost and its status, in one sqlite file, written before it is answered.
 
     Each protocol (2025, 2026) has its budget, in FLOPs or seconds, for every API key. A 2026 run costs its
     max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs nothing and may be asked for again.
     """
 
     def __init__(self, path: str | Path, backend, workers: int = 1, flops: float = 2e18, seconds: float = 43200.0):
-        self.backend, self.budgets = backend, {2025: (flops, "FLOPs"), 2026: (seconds, "seconds")}
-        self.lock, self.pool, self.running, self.open = threading.RLock(), ThreadPoolExecutor(workers), {}, True
+        self.backend, self.budgets, self.running, self.open = backend, {2025: flops, 2026: seconds}, {}, True
+        self.lock, self.pool = threading.RLock(), ThreadPoolExecutor(workers)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, check_same_thread=False, timeout=0.5)
-            self.db.row_factory = sqlite3.Row
             self.db.executescript("""
                 PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
                 CREATE TABLE IF NOT EXISTS finals (key TEXT PRIMARY KEY, body TEXT);
-                CREATE TABLE IF NOT EXISTS runs (id TEXT, protocol INT, key TEXT, backend TEXT, config TEXT, asked TEXT,
-                    cost REAL, status TEXT DEFAULT 'queued', losses TEXT DEFAULT '[]', seconds REAL, reason TEXT,
-                    ended TEXT, UNIQUE (protocol, key, backend, config));
-                UPDATE runs SET status = 'queued', losses = '[]' WHERE status = 'running'""")
+                CREATE TABLE IF NOT EXISTS runs (protocol INT, key TEXT, backend TEXT, config TEXT, id TEXT, asked TEXT,
+                    cost REAL, status TEXT, UNIQUE (protocol, key, backend, config))""")
         except (sqlite3.Error, OSError) as error:
-            raise ValueError(f"cannot use {path} ({error}); stop the other server on it, or give --store") from None
-        for row in self.sql("SELECT id FROM runs WHERE status = 'queued' AND backend = ? ORDER BY rowid", backend.name):
-            self.running[row["id"]] = self.pool.submit(self.run, row["id"])        # what a killed server left undone
+            raise ValueError(f"cannot use {path} ({error}); stop the other server on it, or give another --out") from None
+        for run, status in self.sql("SELECT id, status FROM runs WHERE backend = ? ORDER BY rowid", backend.name):
+            if json.loads(status)["status"] in ("queued", "running"):    # left undone by a server that was killed
+                self.running[run] = self.pool.submit(self.work, run)
 
-    def sql(self, text: str, *values) -> list[sqlite3.Row]:
+    def sql(self, text: str, *values) -> list[tuple]:
         """One statement, one transaction."""
         with self.lock:
             if not self.open:
@@ -523,43 +493,44 @@ class Store:
         """The run's id, queued if it is new. Raises: Refused past the budget and, in 2026, for a config given before."""
         same = protocol, key, self.backend.name, json.dumps(config, sort_keys=True)
         with self.lock:                                                  # held from the look to the charge
-            known = self.sql("SELECT * FROM runs WHERE protocol = ? AND key = ? AND backend = ? AND config = ?", *same)
-            if known and protocol == 2025 and known[0]["status"] != "failed":
-                return known[0]["id"]
-            (total, unit), used = self.budgets[protocol], self.used(protocol, key)
-            if used + cost > total:
-                raise Refused(403 if protocol == 2025 else 400, f"insufficient budget: the run asks for {cost:g} {unit},"
-                              f" {total - used:g} of {total:g} are left")
+            known = self.sql("SELECT id, status FROM runs WHERE (protocol, key, backend, config) = (?, ?, ?, ?)", *same)
+            if known and protocol == 2025 and json.loads(known[0][1])["status"] != "failed":
+                return known[0][0]
+            left, run = self.budgets[protocol] - self.used(protocol, key), os.urandom(16).hex()
+            if cost > left:
+                raise Refused(403 if protocol == 2025 else 400, f"insufficient budget: the run asks for {cost:g}, "
+                              f"{left:g} of {self.budgets[protocol]:g} are left")
             if known and protocol == 2026:
-                raise Refused(409, f"the same config was submitted before, as experiment {known[0]['id']}")
-            run = os.urandom(16).hex()
-            self.sql("INSERT OR REPLACE INTO runs (protocol, key, backend, config, id, asked, cost) "
-                     "VALUES (?, ?, ?, ?, ?, ?, ?)", *same, run, json.dumps(asked), cost)
-            self.running[run] = self.pool.submit(self.run, run)
+                raise Refused(409, f"the same config was submitted before, as experiment {known[0][0]}")
+            self.sql("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *same, run, json.dumps(asked), cost,
+                     json.dumps({"type": "queued", "status": "queued"}))
+            self.running[run] = self.pool.submit(self.work, run)
             return run
 
-    def wait(self, run: str) -> sqlite3.Row:
-        """The run's row, once it has ended."""
-        if run in self.running:
-            self.running[run].result()
-        return self.sql("SELECT * FROM runs WHERE id = ?", run)[0]
-
-    def run(self, run: str) -> None:
-        """In a worker thread: has the backend run it, and writes down what came of it."""
-        row, began, losses, reason = self.sql("SELECT * FROM runs WHERE id = ?", run)[0], time.perf_counter(), [], None
-        config, cost = json.loads(row["config"]), row["cost"]
-        self.sql("UPDATE runs SET status = 'running' WHERE id = ?", run)
+    def work(self, run: str) -> None:
+        """In a worker thread: has the backend run it, and writes down what came of it and what it cost."""
+        def write(status: str, **more) -> None:                          # clients read the kind as `status` or as `type`
+            text = json.dumps({"type": status, "status": status} | more)
+            self.sql("UPDATE runs SET status = ?, cost = ? WHERE id = ?", text, cost, run)
+        (protocol, text, cost), = self.sql("SELECT protocol, config, cost FROM runs WHERE id = ?", run)
+        config, began = json.loads(text), time.perf_counter()
+        write("running", val_losses=[])
         try:
-            losses, seconds = self.backend.run(
-                config, lambda so_far: self.sql("UPDATE runs SET losses = ? WHERE id = ?", json.dumps(so_far), run))
-            if not all(map(math.isfinite, losses)):
-                losses, reason = [], "the loss is not finite; lower the learning rate"
+            losses, seconds = self.backend.run(config, lambda so_far: write("running", val_losses=so_far))
+            reason = "" if all(map(math.isfinite, losses)) else "the loss is not finite; lower the learning rate"
         except ValueError as error:
             seconds, reason = time.perf_counter() - began, str(error)
-        cost = min(seconds, config["max_runtime_seconds"]) if row["protocol"] == 2026 else 0 if reason else cost
-        self.sql("UPDATE runs SET status = ?, losses = ?, seconds = ?, reason = ?, cost = ?, ended = ? WHERE id = ?",
-                 "failed" if reason else "completed", json.dumps(losses), seconds, reason, cost,
-                 time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), run)
+        cost = min(seconds, config["max_runtime_seconds"]) if protocol == 2026 else 0.0 if reason else cost
+        if reason:
+            return write("failed", reason=reason)
+        ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        write("completed", used_runtime_seconds=seconds, val_losses=losses, completed_at=ended)
+
+    def wait(self, run: str) -> dict:
+        """The run's status, once it has ended."""
+        if run in self.running:
+            self.running[run].result()
+        return json.loads(self.sql("SELECT status FROM runs WHERE id = ?", run)[0][0])
 
     def close(self) -> None:
         """Runs in progress are dropped, and start again with the next server."""
@@ -585,8 +556,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
-        """One line on stderr; none for a caller who hangs up, that is no news."""
-        if not isinstance(error := sys.exc_info()[1], OSError):
+        if not isinstance(error := sys.exc_info()[1], OSError):          # a caller who hangs up is no news
             print(f"scaling.py: {error!r}", file=sys.stderr)
 
     def stop(self) -> None:
@@ -598,53 +568,48 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     """Reads a request, checks who asks, and answers in JSON; a Refused as its status and a message."""
-    protocol_version, timeout = "HTTP/1.1", 30
-    COURSE_2025 = ("loss", "total_flops_used", "previous_runs")
+    protocol_version, timeout, COURSE_2025 = "HTTP/1.1", 30, ("loss", "total_flops_used", "previous_runs")
     VERBS = dict.fromkeys((*COURSE_2025, "budget", "experiments", "experiment"), ["GET"]) | {
         "submit": ["POST"], "final_submission": ["GET", "POST"]}
 
     def respond(self, name: str, key: str, given=None):
         """The answer to /name. given: the query (2025), the body (POST), or the id (experiment)."""
-        server, store, backend = self.server, self.server.store, self.server.store.backend
+        store, backend = self.server.store, self.server.store.backend
         if name == "loss":
             try:
-                asked = {parameter: json.loads(text) for parameter, text in given.items()}
+                numbers = {parameter: json.loads(text) for parameter, text in given.items()}
             except (ValueError, RecursionError):
                 raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
-            asked = check(asked, server.ranges, "the query", 404)
-            config = from_query(asked, backend, server.seed)
-            row = store.wait(store.add(2025, key, config, asked, asked["train_flops"]))
-            if row["status"] == "failed":
-                raise Refused(500, f"the run failed and costs nothing: {row['reason']}")
-            return {"loss": json.loads(row["losses"])[-1], "total_flops_used": store.used(2025, key), "backend":
-                    backend.name, "parameters": backend.count_parameters(config), "tokens": config["total_train_tokens"]}
+            asked = check(numbers, self.server.ranges, "the query", 404)
+            config = from_query(asked, backend, self.server.seed)
+            status = store.wait(store.add(2025, key, config, asked, asked["train_flops"]))
+            if status["status"] == "failed":
+                raise Refused(500, f"the run failed and costs nothing: {status['reason']}")
+            return {"loss": status["val_losses"][-1], "total_flops_used": store.used(2025, key), "backend": backend.name,
+                    "parameters": backend.count_parameters(config["architecture_config"]), "tokens": config["total_train_tokens"]}
         if name == "total_flops_used":
             return store.used(2025, key)
-        if name == "previous_runs":
-            rows = store.sql("SELECT * FROM runs WHERE protocol = 2025 AND status = 'completed' AND key = ?", key)
-            return {name: [json.loads(row["asked"]) | {"loss": json.loads(row["losses"])[-1], "backend": row["backend"]}
-                           for row in rows]}
+        if name == "budget":
+            used, total = store.used(2026, key), store.budgets[2026]
+            return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
         if name == "submit":
             config = check(given, TRAINING, "the training config")
             run = store.add(2026, key, config, config, config["max_runtime_seconds"])
             return {"experiment_id": run, "budget_summary": self.respond("budget", key)}
-        if name == "budget":
-            used, (total, _) = store.used(2026, key), store.budgets[2026]
-            return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
         if name == "final_submission":
             if self.command == "POST":
-                rule = {"training_config": TRAINING, "predicted_final_loss": (float, 0, 1e3)}
-                store.sql("INSERT OR REPLACE INTO finals VALUES (?, ?)", key, json.dumps(check(given, rule, "the body")))
-            for row in store.sql("SELECT body FROM finals WHERE key = ?", key):
-                return json.loads(row["body"])
+                body = check(given, {"training_config": TRAINING, "predicted_final_loss": (float, 0, 1e3)}, "the body")
+                store.sql("INSERT OR REPLACE INTO finals VALUES (?, ?)", key, json.dumps(body))
+            for body, in store.sql("SELECT body FROM finals WHERE key = ?", key):
+                return json.loads(body)
             raise Refused(404, "nothing was submitted yet; POST /final_submission first")
-        answers, shown = [], {"queued": (), "running": ("val_losses",), "failed": ("reason",),
-                              "completed": ("used_runtime_seconds", "val_losses", "completed_at")}
-        for row in store.sql("SELECT * FROM runs WHERE protocol = 2026 AND key = ? ORDER BY rowid", key):
-            known = dict(zip(("val_losses", "used_runtime_seconds", "completed_at", "reason"), (
-                json.loads(row["losses"]), row["seconds"], row["ended"], row["reason"])))
-            answers.append({"experiment_id": row["id"], "training_config": json.loads(row["config"]), "status": {
-                "type": row["status"], "status": row["status"]} | {part: known[part] for part in shown[row["status"]]}})
+        rows = [(run, made_by, json.loads(asked), json.loads(status)) for run, made_by, asked, status in store.sql(
+            "SELECT id, backend, asked, status FROM runs WHERE protocol = ? AND key = ? ORDER BY rowid",
+            2025 if name == "previous_runs" else 2026, key)]
+        if name == "previous_runs":
+            return {name: [asked | {"loss": status["val_losses"][-1], "backend": made_by}
+                           for _, made_by, asked, status in rows if status["status"] == "completed"]}
+        answers = [{"experiment_id": run, "training_config": asked, "status": status} for run, _, asked, status in rows]
         if name == "experiments":
             return answers
         for answer in answers:
@@ -678,7 +643,7 @@ class Handler(BaseHTTPRequestHandler):
         known = "Transfer-Encoding" not in self.headers and re.fullmatch("[0-9]{1,15}", length)
         if not known or int(length) > 1 << 20:
             self.close_connection = True
-            for _ in range(min(int(length), 1 << 26) >> 16 if known else 0):      # who is still sending does not listen
+            for _ in range(min(int(length), 1 << 26) >> 16 if known else 0):       # who is still sending does not listen
                 self.rfile.read(1 << 16)
             raise Refused(413 if known else 411, "the body must tell its Content-Length, of 1 MiB at most")
         data = self.rfile.read(int(length))
@@ -688,8 +653,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(422, f"the body is not JSON: {str(error)[:100]}") from None
 
     def send_error(self, code, message=None, explain=None) -> None:
-        """What the base class refuses: lines over 64 KiB, which are read to their end, and requests that are none."""
-        while code == 414 and len(self.rfile.readline(1 << 16)) == 1 << 16:
+        while code == 414 and len(self.rfile.readline(1 << 16)) == 1 << 16:        # a line over 64 KiB: to its end
             pass
         self.close_connection, self.request_version = True, "HTTP/1.1"
         self.reply(code, {"message": message or self.responses[code][0]})
@@ -705,22 +669,21 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body) -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
-        connection = "close" if self.close_connection else "keep-alive"
-        for header in (("Content-Type", "application/json"), ("Content-Length", str(len(data))),
-                       ("Connection", connection), ("X-Backend", self.server.store.backend.name)):
-            self.send_header(*header)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
+        self.send_header("X-Backend", self.server.store.backend.name)
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *args) -> None:
-        """Quiet."""
+    log_message = lambda self, *args: None
 
 
 # ------------------------------------------------------------------------------------- 6. the client, and the main job
 
 def ask(url: str, path: str, **query):
-    """One GET of the 2025 protocol, which lasts as long as the run. Raises: Refused with the server's status, message."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))          # no proxy knows this 127.0.0.1
+    """One GET of the 2025 protocol, which lasts as long as the run. Raises: Refused with the server's status and words."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))          # a proxy has its own 127.0.0.1
     try:
         with opener.open(f"{url.rstrip('/')}/{path}?{urlencode(query)}") as answer:
             return json.load(answer)
@@ -743,183 +706,145 @@ def load_runs(path: Path) -> list[dict]:
     return runs
 
 
-def as_columns(runs: list[dict]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """N, C and loss (n,) of runs."""
-    return tuple(np.array([run[name] for run in runs], float) for name in ("parameters", "train_flops", "loss"))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """To a temporary name first: path is never half of the text."""
-    (part := path.with_name(path.name + ".part")).write_text(text)
-    os.replace(part, path)
-
-
-def plan(args, budgets: list[float]) -> list[dict]:
-    """The queries of a sweep: for each budget --window of the --widths, moving up with the budget; rate falls with width."""
-    queries = []
+def plan(args, budgets: list[float], widths: list[int]) -> list[dict]:
+    """The queries of a sweep: for each budget --window of the widths, moving up with the budget; rate ~ 1 / width."""
+    queries, slide = [], max(0, len(widths) - args.window) / max(1, len(budgets) - 1)
     for i, budget in enumerate(sorted(budgets)):
-        first = round(i * max(0, len(args.widths) - args.window) / max(1, len(budgets) - 1))
-        for d in args.widths[first:first + args.window]:
-            queries.append(dict(zip(COURSE, (d, args.layers, max(2, min(16, d // 32)), args.batch_size,
-                                             float(f"{args.rate * 64 / d:.3g}"), int(budget)))))
+        for d in widths[round(i * slide):round(i * slide) + args.window]:
+            rate = float(f"{args.rate * 64 / d:.3g}")
+            queries.append(dict(zip(COURSE, (d, args.layers, max(2, min(16, d // 32)), args.batch_size, rate, int(budget)))))
     return queries
 
 
-def sweep(url: str, key: str, queries: list[dict], out: Path, parallel: int, budget: float, dry_run: bool = False) -> list[dict]:
-    """Asks for every query that `out` does not hold yet, adding each answer there as a JSON line; returns all the runs.
+def sweep(args, url: str, out: Path) -> list[dict]:
+    """Asks for every run of the plan that `out` does not hold yet, adding it there as a JSON line. Returns: all of them.
 
     Raises: ValueError, before anything is spent, when the rest of the plan costs more than is left of the budget.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    identity = lambda run: tuple(run.get(name) for name in COURSE)
+    queries, identity = plan(args, args.budgets, args.widths), lambda run: tuple(run.get(name) for name in COURSE)
     done = {identity(run): run for run in load_runs(out)}
-    write_whole(out, "".join(json.dumps(run) + "\n" for run in done.values()))    # without a torn end
-    todo = sorted((query for query in queries if identity(query) not in done), key=lambda query: -query["train_flops"])
-    cost, used = sum(query["train_flops"] for query in todo), ask(url, "total_flops_used", api_key=key)
-    print(f"{len(queries)} runs, {len(todo)} to do for {cost:.3g} FLOPs; {used:.3g} of {budget:.3g} are used")
-    if cost > budget - used:
+    todo = [query for query in reversed(queries) if identity(query) not in done]   # the long ones first
+    cost, used = sum(query["train_flops"] for query in todo), ask(url, "total_flops_used", api_key=args.api_key[0])
+    print(f"{len(queries)} runs, {len(todo)} to do for {cost:.3g} FLOPs; {used:.3g} of {args.flop_budget:.3g} are used")
+    if cost > args.flop_budget - used:
         raise ValueError("the plan costs more than is left; drop budgets or widths")
-    if dry_run:
-        print("\n".join("  ".join(f"{name} {value:g}" for name, value in query.items()) for query in todo))
+    if args.dry_run:
+        print(*(" ".join(f"{name} {value:g} " for name, value in query.items()) for query in todo), sep="\n")
         return []
-
-    def answer(query: dict) -> dict:
-        try:
-            return query | ask(url, "loss", **query, api_key=key)
-        except Refused as refused:
-            if refused.args[0] != 500:
-                raise
-            return query | {"loss": math.nan, "reason": refused.args[1]}    # it diverged; the sweep goes on without it
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (part := out.with_name(out.name + ".part")).write_text("".join(json.dumps(run) + "\n" for run in done.values()))
+    os.replace(part, out)                                                # whole lines alone
     began, spent = time.perf_counter(), 0
-    with ThreadPoolExecutor(parallel) as pool, open(out, "a") as file:
-        for count, run in enumerate(pool.map(answer, todo), 1):
-            spent += run["train_flops"]
+    with ThreadPoolExecutor(args.workers) as pool, open(out, "a") as file:
+        answers = pool.map(lambda query: ask(url, "loss", **query, api_key=args.api_key[0]), todo)
+        for count, (query, answer) in enumerate(zip(todo, answers), 1):
+            print(json.dumps(query | answer), file=file, flush=True)
+            spent += query["train_flops"]
             left = (time.perf_counter() - began) * (cost / spent - 1)
-            print(f"run {count}/{len(todo)} | {run['train_flops']:.2g} FLOPs | d_model {run['d_model']} | rate "
-                  f"{run['learning_rate']:g} | loss {run['loss']:.4f} | {run.get('backend') or run.get('reason')} | "
+            print(f"run {count}/{len(todo)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | rate "
+                  f"{query['learning_rate']:g} | loss {answer['loss']:.4f} | {answer.get('backend')} | "
                   f"eta {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
-            if math.isfinite(run["loss"]):
-                print(json.dumps(run), file=file, flush=True)
-                done[identity(run)] = run
-    return [done[identity(query)] for query in queries if identity(query) in done]
+    return [run for run in load_runs(out) if identity(run) in set(map(identity, queries))]
 
 
-def make_server(args, ranges: dict, store: Path, workers: int, port: int = 0) -> Server:
+def fit(runs: list[dict], picture: Path) -> dict:
+    """`compare` on runs of a sweep."""
+    return compare(*([run[name] for run in runs] for name in ("parameters", "train_flops", "loss")), picture)
+
+
+def make_server(args, ranges: dict, folder: Path, port: int, workers: int) -> Server:
     """The server that the command line asks for, already answering."""
-    tokens = args.tokens
-    if args.backend == "train" and not tokens:                           # this Python's library, in a small vocabulary
-        tokens = Path(f"out/scaling/tokens{args.vocab_size}")
-        if not (tokens / "valid.npy").exists():
-            import bpe
-            import train
-            train.gather_corpus(tokens)
-            tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", args.vocab_size, [train.END_OF_TEXT]), [train.END_OF_TEXT])
-            for split in ("train", "valid"):
-                bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
+    tokens = args.tokens or Path("out/scaling/tokens")
+    if args.backend == "train" and not args.tokens and not (tokens / "valid.npy").exists():
+        import bpe                                                       # this Python's library, in a small vocabulary
+        import train
+        train.gather_corpus(tokens)
+        tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, [train.END_OF_TEXT]), [train.END_OF_TEXT])
+        for split in ("train", "valid"):
+            bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
     backend = LawBackend() if args.backend == "law" else TrainBackend(
-        tokens, args.context_length, args.device, max(1, args.cores // workers))
-    return Server(Store(store, backend, workers, args.flop_budget, args.second_budget), args.api_key, ranges,
-                  args.seed, port=port)
+        tokens, args.context_length, max(1, os.cpu_count() // workers))
+    store = Store(folder / "store.sqlite", backend, workers, args.flop_budget, args.second_budget)
+    return Server(store, args.api_key, ranges, args.seed, port)
 
 
 def run(args) -> int:
-    """The main job. Sweeps, fits, predicts --times the largest budget, trains that, compares. Returns: 0 within the bar."""
-    began, folder = time.perf_counter(), args.out.parent / f"{args.backend}-seed{args.seed}"
-    server = make_server(args, HOME, folder / "store.sqlite", args.workers)
+    """The main job: sweep, fit, predict 8 times the largest budget, train that, compare. Returns: 0 when within 3%."""
+    began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
+    server = make_server(args, HOME, folder, 0, args.workers)
     try:
-        runs = sweep(server.url, args.api_key[0], plan(args, args.budgets), folder / "runs.jsonl", args.workers, args.flop_budget)
+        fits = fit(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
     finally:
         server.stop()
-    fits, C = compare(*(data := as_columns(runs))), args.times * max(args.budgets)
-    print(draw(*data, fits, folder / "isoflop.png"))
-    server = make_server(args, HOME, folder / "store.sqlite", 1)         # the same store; all cores for one run
+    server = make_server(args, HOME, folder, 0, 1)                       # the same store; all cores for the one run
     try:
-        size = lambda query: server.store.backend.count_parameters(from_query(query, server.store.backend, 0))
         wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
-        candidates = [plan(argparse.Namespace(**vars(args) | {"widths": [d], "window": 1}), [C])[0] for d in range(8, 1025, 8)]
-        query = min(candidates, key=lambda query: abs(math.log(size(query) / wanted)))
-        N = size(query)
-        predicted = float(fits["parametric"](N, C / (6 * N)))
-        by_vertices = float(fit_power_law(fits["parabola"].C, fits["parabola"].loss)(C))
-        print(f"\nprediction for {C:.3g} FLOPs, {args.times:g} times the largest budget: best N {wanted:.3g}; d_model {query['d_model']}, "
-              f"N {N:.3g}, D {C / (6 * N):.3g} reaches {predicted:.4f} (parametric; {by_vertices:.4f} by a power law of the "
-              f"vertices). Training it", flush=True)
+        backend = server.store.backend
+        size = lambda query: backend.count_parameters(from_query(query, backend, 0)["architecture_config"])
+        query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(size(query) - wanted))
+        predicted = float(fits["parametric"](size(query), C / (6 * size(query))))
+        print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model {query['d_model']} "
+              f"has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
         reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
     finally:
         server.stop()
-    error = predicted / reached - 1
-    print("RESULT " + json.dumps({
-        "seed": args.seed, "backend": args.backend, "runs": len(runs), "predicted": round(predicted, 4), "reached": round(reached, 4),
-        "error": round(error, 4), "by_vertices": round(by_vertices, 4), "seconds": round(time.perf_counter() - began)}))
-    print(f"off by {error:+.2%}, bar {args.bar:.0%}: {'OK' if abs(error) <= args.bar else 'MISSED'}")
-    return 0 if abs(error) <= args.bar else 1
+    error, seconds = predicted / reached - 1, time.perf_counter() - began
+    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar 3%, {'OK' if abs(error) <= 0.03 else 'MISSED'}")
+    print("RESULT", json.dumps({"seed": args.seed, "backend": args.backend, "predicted": round(predicted, 4),
+                                "reached": round(reached, 4), "error": round(error, 4), "seconds": round(seconds)}))
+    return 0 if abs(error) <= 0.03 else 1
 
 
-# ------------------------------------------------------------------------------------------- 7. check, bench, command line
+# --------------------------------------------------------------------------------------- 7. check, bench, command line
 
 def self_check() -> str:
-    """Fits against data whose law is known, and a round trip over HTTP. Raises: AssertionError. Returns: a summary."""
+    """The parametric fit of exact data, and a round trip over HTTP. Raises: AssertionError. Returns: a summary."""
     N, C, loss = chinchilla_runs()
-    law = fit_parametric(N, C / (6 * N), loss)
-    worst = max(abs(getattr(law, name) / getattr(CHINCHILLA, name) - 1) for name in CONSTANTS)
+    worst = np.abs(np.divide(fit_parametric(N, C / (6 * N), loss)[:5], CHINCHILLA[:5]) - 1).max()
     assert worst < 1e-6, f"the noise-free fit is off by {worst:.1e}"     # exact data leave only rounding
-    grid = np.geomspace(1e7, 1e9, 20001)
-    best = grid[CHINCHILLA(grid, 1e18 / (6 * grid)).argmin()]
-    assert abs(CHINCHILLA.optimal(1e18)[0] / best - 1) < 1e-3, "the closed form is not the minimum"     # grid step 2e-4
-    server = Server(Store(":memory:", LawBackend(), flops=1e14))
+    server = Server(Store(":memory:", LawBackend(), flops=6e13))
     query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 6 * 10 ** 13)), api_key="local")
     first, again = ask(server.url, "loss", **query), ask(server.url, "loss", **query)
-    try:
-        ask(server.url, "loss", **query | {"num_layers": 3})
-        raise AssertionError("the budget was passed")
-    except Refused as refused:
-        assert refused.args[0] == 403 and first == again and again["total_flops_used"] == 6e13, (refused, first, again)
-    finally:
-        server.stop()
-    return f"five constants recovered to {worst:.0e}, a repeated query is free, the budget holds  OK"
+    assert first == again and again["total_flops_used"] == 6e13, "a repeated query was charged"
+    server.stop()
+    return f"five constants recovered to {worst:.0e}, a repeated query is free  OK"
 
 
 def bench(repeats: int = 7) -> None:
     """Median milliseconds of the parametric fit and of a request."""
     N, C, loss = chinchilla_runs(0, 0.01)
-    server, rates = Server(Store(":memory:", LawBackend(), flops=1e30)), iter(np.linspace(1e-4, 1e-3, 10 ** 4).tolist())
+    server, rates = Server(Store(":memory:", LawBackend(), flops=1e30)), iter(np.linspace(1e-4, 1e-3, 99).tolist())
     query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 10 ** 13)), api_key="local")
-    for name, times, f in (("fit_parametric, 35 runs, 4,500 starts", 1, lambda: fit_parametric(N, C / (6 * N), loss)),
-                           ("the same and 200 resamples", 1, lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
-                           ("GET /loss, known run", 50, lambda: ask(server.url, "loss", **query)),
-                           ("GET /loss, new run", 50, lambda: ask(server.url, "loss", **query | {"learning_rate": next(rates)}))):
-        taken = []
+    for name, f in (("fit_parametric, 35 runs, 4,500 starts", lambda: fit_parametric(N, C / (6 * N), loss)),
+                    ("the same and 200 resamples", lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
+                    ("GET /loss, known run", lambda: ask(server.url, "loss", **query)),
+                    ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"learning_rate": next(rates)}))):
+        times = []
         for _ in range(repeats + 1):                                     # the first warms up
             began = time.perf_counter()
-            for _ in range(times):
-                f()
-            taken.append((time.perf_counter() - began) * 1e3 / times)
-        print(f"{name:40s}{np.median(taken[1:]):9.2f} ms  (min {min(taken[1:]):.2f}, max {max(taken[1:]):.2f})")
+            f()
+            times.append((time.perf_counter() - began) * 1e3)
+        print(f"{name:40s}{np.median(times[1:]):9.2f} ms  (min {min(times[1:]):.2f}, max {max(times[1:]):.2f})")
     server.stop()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="explain", help="default: explain", choices=[
-        "explain", "serve", "query", "sweep", "fit", "run", "bench"])
+    commands = ["explain", "serve", "query", "sweep", "fit", "run", "bench"]
+    parser.add_argument("command", nargs="?", default="explain", help="default: explain", choices=commands)
     parser.add_argument("pairs", nargs="*", metavar="name=value", help="query: what to ask /loss for")
-    numbers = lambda text: [float(part) for part in text.split(",")]
-    whole = lambda text: [int(part) for part in text.split(",")]
+    numbers, whole = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (float, int))
     for flag, kind, default, text in (
             ("--seed", int, 0, "of weights and data order"), ("--backend", str, "law", "serve, run: train or law"),
             ("--port", int, 8000, "serve"), ("--ranges", str, "course", "serve: course, or home for small models"),
-            ("--store", Path, Path("out/scaling/store.sqlite"), "serve"), ("--flop-budget", float, 2e18, "2025, of a key"),
-            ("--second-budget", float, 43200.0, "2026, of a key"), ("--url", str, "http://127.0.0.1:8000", "query, sweep"),
-            ("--out", Path, Path("out/scaling/runs.jsonl"), "sweep, fit: the runs; run: its folder is used"),
+            ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit), or both (run)"),
+            ("--flop-budget", float, 2e18, "2025, of a key"), ("--second-budget", float, 43200.0, "2026, of a key"),
+            ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 128, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
-            ("--vocab-size", int, 512, "of that source's tokenizer"), ("--context-length", int, 128, "train: tokens"),
-            ("--device", str, "auto", "train"), ("--workers", int, 2, "runs at a time"),
-            ("--cores", int, os.cpu_count(), "train: threads, shared by the workers"),
-            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"), ("--window", int, 5, "widths a budget, sliding"),
+            ("--workers", int, 2, "runs at a time"), ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "sweep, run: FLOPs"),
             ("--widths", whole, [16, 20, 24, 32, 40, 48, 64], "d_model"), ("--layers", int, 2, "num_layers"),
-            ("--batch-size", int, 8, "sequences"), ("--rate", float, 0.012, "learning rate at width 64, as 1 / width"),
-            ("--times", float, 8.0, "run: predict this many times the largest budget"),
-            ("--bar", float, 0.03, "run: relative error allowed")):
+            ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 8, "sequences"),
+            ("--rate", float, 0.012, "learning rate at width 64; it goes as 1 / width")):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
@@ -929,23 +854,21 @@ def main() -> int:
             walk_through(args.seed)
             print("\n" + self_check())
         elif args.command == "serve":
-            server = make_server(args, {"course": COURSE, "home": HOME}[args.ranges], args.store, args.workers, args.port)
-            print(f"{server.url} answers with the {args.backend} backend, keys {', '.join(args.api_key)}, store {args.store}; "
-                  f"Ctrl-C stops it", flush=True)
+            ranges = {"course": COURSE, "home": HOME}[args.ranges]
+            server = make_server(args, ranges, args.out, args.port, args.workers)
+            print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
             threading.Event().wait()
         elif args.command == "query":
-            print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0], **dict(pair.split("=", 1) for pair in args.pairs))))
+            pairs = dict(pair.split("=", 1) for pair in args.pairs)
+            print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0], **pairs)))
         elif args.command == "sweep":
-            sweep(args.url, args.api_key[0], plan(args, args.budgets), args.out, args.workers, args.flop_budget, args.dry_run)
+            sweep(args, args.url, args.out / "runs.jsonl")
         elif args.command == "fit":
-            print(draw(*(data := as_columns(load_runs(args.out))), compare(*data), args.out.with_suffix(".png")))
+            fit(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
         else:
-            return bench() or 0 if args.command == "bench" else run(args)
-    except Refused as refused:
-        print(f"scaling.py: {refused.args[1]}", file=sys.stderr)
-        return 2
-    except (ValueError, OSError) as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
+            return run(args) if args.command == "run" else bench() or 0
+    except (Refused, ValueError, OSError) as error:
+        print(f"scaling.py: {error.args[-1] if isinstance(error, Refused) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

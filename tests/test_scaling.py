@@ -172,7 +172,7 @@ def serve(tmp_path):
     running = []
 
     def start(*options):
-        running.append(Served("--store", tmp_path / "store.sqlite", *options))
+        running.append(Served("--out", tmp_path, *options))
         return running[-1]
     yield start
     for server in running:
@@ -203,7 +203,7 @@ def test_2025_protocol(serve):
         status, answer = ask("/loss", **QUERY | {name: value})
         assert status == 404 and message in answer["message"], answer
     for query, message in (({"d_model": "wide"}, "number"), ({"d_model": "64.5"}, "whole number"), ({"d_model": ""}, "number"),
-                           ({"d_model": "true"}, "number"), ({"seed": 1}, "unknown in the query: seed"), ({"api_key": "no"}, "api_key")):
+                           ({"d_model": "true"}, "number"), ({"seed": 1}, "unknown or missing: seed"), ({"api_key": "no"}, "api_key")):
         status, answer = ask("/loss", **QUERY | query)
         assert status == 422 and message in answer["message"], answer
     assert ask("/loss", api_key="local")[0] == 422 and ask("/total_flops_used", api_key="no")[0] == 422
@@ -274,12 +274,12 @@ def test_2026_refuses_bad_configs(serve):
     for path, value, message in (
             ("architecture_config.head_dim", 7.5, "head_dim must be a whole number"), ("n_evals", 0, "n_evals must be in range"),
             ("architecture_config.dtype", "float16", "dtype must be one of bfloat16, float32"), ("model_seed", -1, "model_seed"),
-            ("architecture_config.dtype", ["float32"], "dtype must be text"), ("architecture_config.extra", 1, "unknown in"),
+            ("architecture_config.dtype", ["float32"], "dtype must be"), ("architecture_config.extra", 1, "unknown or missing: extra"),
             ("architecture_config.attention_bias", 1, "true or false"), ("n_evals", True, "n_evals must be a number"),
             ("optimizer_config.betas", [0.9], "betas"), ("optimizer_config.betas", [0.9, 1.5], "betas"),
-            ("optimizer_config.lr_scheduler", 0.1, "an object"), ("optimizer_config.grad_clip_norm", 0, "grad_clip_norm"),
-            ("optimizer_config", None, "an object"), ("total_train_tokens", 10 ** 40, "total_train_tokens"),
-            ("total_train_tokens", "many", "a number"), ("max_runtime_seconds", ..., "missing in"), ("lr", 1, "unknown in")):
+            ("optimizer_config.lr_scheduler", 0.1, "must have peak"), ("optimizer_config.grad_clip_norm", 0, "grad_clip_norm"),
+            ("optimizer_config", None, "must have lr_scheduler"), ("total_train_tokens", 10 ** 40, "total_train_tokens"),
+            ("total_train_tokens", "many", "a number"), ("max_runtime_seconds", ..., "missing: max_runtime_seconds"), ("lr", 1, "missing: lr")):
         status, answer = ask("/submit", changed(path, value))
         assert status == 422 and message in answer["message"], (path, value, answer)
     assert ask("/experiments") == (200, []) and ask("/budget")[1]["used_seconds"] == 0
@@ -311,11 +311,12 @@ def test_a_killed_server_loses_nothing(serve, tmp_path):
     assert {one["loss"] for one in answered} | {answer[1]["loss"]} <= losses
     assert second("/loss", **QUERY)[1]["loss"] == answer[1]["loss"]
     assert second(f"/experiment/{run}")[0] == 200 and second("/submit", TRAINING)[0] == 409
-    third = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--port", "0", "--store", tmp_path / "store.sqlite"],
+    third = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--port", "0", "--out", tmp_path],
                            capture_output=True, text=True)
     assert third.returncode == 2 and "stop the other server" in third.stderr and "Traceback" not in third.stderr
-    (tmp_path / "text.sqlite").write_text("no database " * 100)
-    fourth = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--store", tmp_path / "text.sqlite"], capture_output=True, text=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "store.sqlite").write_text("no database " * 100)
+    fourth = subprocess.run([sys.executable, ROOT / "scaling.py", "serve", "--out", tmp_path / "other"], capture_output=True, text=True)
     assert fourth.returncode == 2 and "not a database" in fourth.stderr and "Traceback" not in fourth.stderr
 
 
@@ -391,31 +392,31 @@ def command(*options, **how):
 
 
 def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
-    server = serve("--ranges", "home", "--flop-budget", "4e13")
+    server = serve("--ranges", "home", "--flop-budget", "4e16")
     out = tmp_path / "runs.jsonl"
-    sweep = ("sweep", "--url", server.url, "--out", out, "--widths", "64,96,128,192,256", "--budgets", "1e12,3e12", "--rate", "1e-3")
+    sweep = ("sweep", "--url", server.url, "--out", tmp_path, "--widths", "128,256,384,512,768", "--budgets", "1e15,3e15", "--rate", "1e-3")
     done = command(*sweep, "--dry-run")
-    assert done.returncode == 0 and "10 runs, 10 to do for 2e+13 FLOPs" in done.stdout and "d_model 192" in done.stdout
+    assert done.returncode == 0 and "10 runs, 10 to do for 2e+16 FLOPs" in done.stdout and "d_model 384" in done.stdout
     assert not out.exists() or not out.read_text()
     assert command(*sweep).returncode == 0
     runs = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(runs) == 10 and server("/total_flops_used", api_key="local") == (200, 2e13)
+    assert len(runs) == 10 and server("/total_flops_used", api_key="local") == (200, 2e16)
     out.write_text("".join(json.dumps(run) + "\n" for run in runs[:6]) + '{"torn": 1')
     done = command(*sweep)
     assert done.returncode == 0 and "10 runs, 4 to do" in done.stdout
     again = scaling.load_runs(out)
     assert sorted(map(str, again)) == sorted(map(str, scaling.load_runs(out))) and len(again) == 10
     assert {run["loss"] for run in again} == {run["loss"] for run in runs}
-    assert server("/total_flops_used", api_key="local") == (200, 2e13)
-    done = command("fit", "--out", out)
-    assert done.returncode == 0 and "parametric: E" in done.stdout
-    done = command(*sweep[:-2], "--flop-budget", "4e13", "--budgets", "9e12")
+    assert server("/total_flops_used", api_key="local") == (200, 2e16)
+    done = command("fit", "--out", tmp_path)
+    assert done.returncode == 0 and "with E " in done.stdout
+    done = command(*sweep[:-2], "--flop-budget", "4e16", "--budgets", "9e15")
     assert done.returncode == 2 and "more than is left" in done.stderr and "Traceback" not in done.stderr
     out.write_text("not json\n" + json.dumps(runs[0]))
-    done = command("fit", "--out", out)
+    done = command("fit", "--out", tmp_path)
     assert done.returncode == 2 and "line 1" in done.stderr
     done = command("query", "--url", server.url, "d_model=1")
-    assert done.returncode == 2 and "missing" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "unknown or missing: batch_size" in done.stderr and "Traceback" not in done.stderr
     server.kill()
     done = command("query", "--url", server.url, "d_model=64")
     assert done.returncode == 2 and "python scaling.py serve" in done.stderr and "Traceback" not in done.stderr
@@ -423,7 +424,7 @@ def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
 
 def test_main_job_on_the_law(tmp_path):
     """Sweep, fit, prediction and check through the server; on the law backend the whole of it takes a second."""
-    done = command("run", "--backend", "law", "--out", tmp_path / "x", "--budgets", "1e15,3e15,1e16,3e16", "--widths",
+    done = command("run", "--backend", "law", "--out", tmp_path, "--budgets", "1e15,3e15,1e16,3e16", "--widths",
                    "256,320,384,448,512,640,768", "--layers", 6, "--rate", 0.008, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.split("RESULT ")[1].splitlines()[0])
