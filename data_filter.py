@@ -160,20 +160,22 @@ ALIASES = {alias: real for real, names in {
     "cp1252": "latin-1 latin1 iso-8859-1 iso8859-1 us-ascii ascii", "gb18030": "gb2312 gbk x-gbk", "big5hkscs": "big5",
     "cp932": "shift_jis shift-jis x-sjis sjis", "cp949": "euc-kr ks_c_5601-1987", "cp874": "tis-620 iso-8859-11 windows-874",
     "cp1254": "iso-8859-9", "utf-8": "utf8 unicode utf-16 utf-16le"}.items() for alias in names.split()}
-# The commonest letters outside ASCII of each charset's languages; the guess is the charset that yields most of them.
-COMMON = {"gb18030": "的一是不了在有人我他这中大来上国个到说们为子和你地出道也时年", "cp1251": "оеаинтсрвлкмдпуяы",
-          "big5hkscs": "的一是不了在有人我他這中大來上國個到說們為子和你地", "koi8_r": "оеаинтсрвлкмдпуяы", "cp1254": "ıışğüöçİâ",
-          "cp932": "のにはをたがでてとしれさいるもなかっこ、。ー年日大", "euc_jp": "のにはをたがでてとしれさいるもなかっこ、。ー年日大",
-          "cp949": "이다는에의을고하가지로은를한기사리도인서어나자시", "cp1253": "αοιετσνηυρπκμλςάίό", "cp1255": "יוהלארתבמשנעםדק",
-          "cp1256": "اليمونترةبعدفهس", "cp874": "านรอกเงมยลวดทส่้", "cp1250": "ěščřžýáíéůłąęśżźćńóőűăţş",
-          "cp1252": "éèàçêäöüßñóíáãõåæøúôâî’“”«»–"}
+# The letters outside ASCII of each charset's languages, the commonest first; the guess is the charset that yields most.
+COMMON = {"cp1252": "éäöüèàßñóíáçêãõåæøúôâîëïû’“”«»–", "cp1251": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфёъ",
+          "koi8_r": "оеаинтсрвлкмдпуяыьгзбчйхжшюцщэфёъ", "cp1250": "áíéěščřžýůłąęśżźćńóőűăţşú", "cp1254": "ıışğüöçİâ",
+          "cp1253": "αοιετσνηυρπκμλςάίόέγδήώχθύφβξζψ", "cp1255": "יוהלארתבמשנעםדקחטכגפסצזןךףץ",
+          "cp1256": "اليمونترةبعدفهسقكحجشطصخىأضذغثزئءظ", "cp874": "านรอกเงมยลวดทส่้ตะปบคหแจขพใชไโผ",
+          "gb18030": "的一是不了在有人我他这中大来上国个到说们为子和你地出道也时年，。", "cp949": "이다는에의을고하가지로은를한기사리도인서어나자시",
+          "big5hkscs": "的一是不了在有人我他這中大來上國個到說們為子和你地，。", "cp932": "のにはをたがでてとしれさいるもなかっこ、。ー年日大",
+          "euc_jp": "のにはをたがでてとしれさいるもなかっこ、。ー年日大"}
 META = re.compile(rb"<meta[^>]{0,400}?charset\s{0,9}=\s{0,9}[\"']?\s{0,9}([\w:.-]{1,40})", re.I)
 
 def guess_charset(data: bytes) -> str:
     """The charset under which most of the bytes above 127 become common letters of its languages."""
     def hits(charset: str) -> float:
         text = [c for c in data[:20_000].decode(charset, "replace") if c > "\x7f"]
-        return (sum(map(COMMON[charset].__contains__, text)) - text.count("\ufffd")) / (len(text) or 1)
+        worth = {c: 1 - 0.6 * i / len(COMMON[charset]) for i, c in enumerate(COMMON[charset])} | {"\ufffd": -1}
+        return sum(worth.get(c, 0.4 if c > "\u3000" else 0) for c in text) / (len(text) or 1)
     return max(COMMON, key=hits)
 
 def decode(data: bytes, http_charset: str = "") -> str:
@@ -373,7 +375,7 @@ def identify_language(text: str, model: "FastText | None" = None) -> tuple[str, 
     for gram, times in (counts := Counter(map("".join, zip(padded, padded[1:], padded[2:])))).items():
         for column, weight in weights.get(gram, ()):
             points[column] += times * weight
-    scale, best = 1.0 / math.sqrt(counts.total()), max(points)   # neighbouring trigrams are no independent evidence
+    scale, best = 1 / math.sqrt(counts.total()), max(points)   # neighbouring trigrams are no independent evidence
     return codes[points.index(best)], n / scripts.total() / sum(math.exp(scale * (p - best)) for p in points)
 
 
@@ -509,8 +511,8 @@ def verdict(text: str, x: float, labels: tuple[str, str], model: "FastText | Non
 def classify_nsfw(text: str, model: "FastText | None" = None) -> tuple[str, float]:
     """("nsfw" or "non-nsfw", score): obscene words, against sober words that name the same topics in another tone."""
     n, points = len(text.split()), weigh(text, OBSCENE)
-    points -= min(points, 0.7 * weigh(text, SOBER)) if points < 0.1 * n else 0
-    return verdict(text, 60 * points / (n + 20) - 2.5, ("nsfw", "non-nsfw"), model)
+    points -= min(points, 0.7 * weigh(text, SOBER)) if points < 0.2 * n else 0
+    return verdict(text, 50 * points / (n + 20) - 3, ("nsfw", "non-nsfw"), model)
 
 def classify_toxic(text: str, model: "FastText | None" = None) -> tuple[str, float]:
     """("toxic" or "non-toxic", score): abuse aimed at somebody; an expletive alone is not."""
@@ -528,7 +530,7 @@ def classify_quality(text: str, model: "FastText | None" = None) -> tuple[str, f
 # ------------------------------------------------------------------------------------------------------ 8. FastText
 FT_ARGS = "dim ws epoch minCount neg wordNgrams loss model bucket minn maxn lrUpdateRate".split()
 FT_MAGIC, HS, NS, SOFTMAX, SUPERVISED = 793712314, 1, 2, 3, 3        # loss 4, one-vs-all, predicts as NS does
-FT_WORD = re.compile(r"(?!__label__)[^ \n\r\t\v\f\0]+")
+FT_WORD = re.compile(r"(?<![^ \n\r\t\v\f\0])(?!__label__)[^ \n\r\t\v\f\0]+")
 
 def fnv1a(text: str) -> int:
     """FNV-1a over UTF-8 bytes taken as signed, as the official code does; 32 bits."""
@@ -750,6 +752,7 @@ def filter_files(sources: list[str], out: str, workers: int | None = None, keep_
     targets = [os.path.join(out, n + ".jsonl.gz") for n in names]
     if len(set(names)) < len(names):
         raise ValueError(f"two inputs are called {Counter(names).most_common(1)[0][0]}; use two --out folders")
+    list(map(load_model, options.get("models", {}).values()))        # a bad model stops the run here; children share it
     jobs = [(s, t, keep_dropped, options) for s, t in zip(sources, targets) if not os.path.exists(t)]
     start, documents, workers = time.time(), 0, workers or os.cpu_count() or 1
     with Pool(workers) as pool:
@@ -841,7 +844,7 @@ def write_sample(out: str, seed: int = 0) -> None:
           "Content-Type: text/html\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip", has="café of the naïve señor")
     plant("image", "content type", b"\x89PNG" * 99, "Content-Type: image/png")
     plant("missing", "status", cafe, "Content-Type: text/html", 404)
-    plant("menu", "gopher", page())
+    plant("menu", "dropped", page())
     plant("obscene", "nsfw", page(*article()[:2], "Hot sl*ts want c0ck and pussy in this free xxx porn video tonight, so come and see."))
     plant("abuse", "toxic", page(*article()[:2], "You are a worthless idiot and nobody likes you. Shut up, you moron, and go to hell today."))
     rng.shuffle(records)
@@ -932,9 +935,10 @@ def main() -> int:
             good, bad = (Path(path).read_text("utf-8").splitlines() for path in args.train_quality)
             FastText.train(good + bad, ["wiki"] * len(good) + ["cc"] * len(bad), word_ngrams=2).save(args.out)
         elif args.inputs:
-            first, shards = map(int, args.shard.split("/"))
+            if not (shard := re.fullmatch("([0-9]+)/([1-9][0-9]*)", args.shard)) or int(shard[1]) >= int(shard[2]):
+                raise ValueError(f"--shard {args.shard}: want I/N with I from 0 to N - 1, as in 0/8")
             models = {step: path for step in ("lid", "nsfw", "toxic", "quality") if (path := getattr(args, step))}
-            total = filter_files(args.inputs[first::shards], args.out, args.workers, args.keep_dropped, without=args.without,
+            total = filter_files(args.inputs[int(shard[1])::int(shard[2])], args.out, args.workers, args.keep_dropped, without=args.without,
                                  languages=args.languages, min_language=args.min_language, models=models)
             print_report(total)
         elif not args.check:
