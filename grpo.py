@@ -36,7 +36,7 @@ from torch import Tensor
 
 MAX_ANSWER = 256
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
-UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm x".split()) - {"x"}
+UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm".split())
 SPELLING = [("\u2212", "-"), ("\u00d7", r"\times"), ("\u00f7", "/"), ("\u00b0", ""), ("\u03c0", r"\pi"),
             ("\u221e", r"\infty"), ("\u00a0", " "), (r"\left", ""), (r"\right", ""), (r"\dfrac", r"\frac"),
             (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\displaystyle", ""), (r"^{\circ}", ""), (r"^\circ", ""),
@@ -83,14 +83,10 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
     match = NUMBER.match(text)
     if not match or len(text) > MAX_ANSWER:
         return None
-    part = match.groupdict()
+    part = {name: (text or "").replace(",", "").rstrip(".") for name, text in match.groupdict().items()}
     try:
-        if part["whole"]:
-            value = Fraction(part["whole"]) + Fraction(int(part["mixed"]), int(part["over"]))
-        else:
-            value = Fraction(part["top"].replace(",", "").rstrip("."))
-            if part["bottom"]:
-                value /= Fraction(part["bottom"].replace(",", "").rstrip("."))
+        value = (int(part["whole"]) + Fraction(int(part["mixed"]), int(part["over"])) if part["whole"] else
+                 Fraction(part["top"]) / Fraction(part["bottom"] or 1))
     except ZeroDivisionError:
         return None
     value *= (-1 if part["sign"] == "-" else 1) * Fraction(10) ** int(part["power"] or 0)
@@ -101,9 +97,8 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
     unit = re.sub(r"\^\{?([23])\}?", r"\1", " ".join(words))
     if not unit or unit == "%" or unit == "percent":
         return value, "%" if unit else ""
-    attached = not rest.startswith(" ")
     if re.fullmatch(r"[a-z][a-z.]*[23]?(?:[ /][a-z][a-z.]*[23]?)*", unit) and (
-            unit.rstrip("23.") in UNITS or (not attached and len(unit) > 1)):
+            unit.rstrip("23.") in UNITS or (rest.startswith(" ") and len(unit) > 1)):
         return value, unit.rstrip(".")
     return None
 
@@ -257,8 +252,10 @@ def clip_range(cliprange) -> tuple[float, float]:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, cliprange) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is 0."""
-    free, clipped = ratio * advantages, ratio.clamp(*clip_range(cliprange)) * advantages
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is 0.
+    cliprange None is the ablation -rho A: nothing holds the policy near the one that sampled."""
+    free = ratio * advantages
+    clipped = free if cliprange is None else ratio.clamp(*clip_range(cliprange)) * advantages
     return -torch.minimum(free, clipped), {"clipped": (clipped < free).detach(), "ratio": ratio.detach()}
 
 
@@ -266,18 +263,11 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
 
-    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number or (low, high).
+    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high) or None (no clip).
     Returns: loss (B, T); metadata "clipped" (bool) and "ratio", (B, T).
     """
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
     return clipped_surrogate(ratio, column(advantages, policy_log_probs), cliprange)
-
-
-def compute_grpo_no_clip_loss(advantages: Tensor, policy_log_probs: Tensor,
-                              old_log_probs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The ablation: -rho_t A_i. Nothing holds the policy near the one that sampled."""
-    ratio = (policy_log_probs - old_log_probs.detach()).exp()
-    return -ratio * column(advantages, policy_log_probs), {"ratio": ratio.detach()}
 
 
 def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange,
@@ -306,11 +296,10 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
         raise ValueError(f"loss_type {loss_type!r} needs {' and '.join(missing)}")
     if loss_type in ("no_baseline", "reinforce_with_baseline"):
         return compute_naive_policy_gradient_loss(given[LOSS_TYPES[loss_type][0]], policy_log_probs), {}
-    if loss_type == "grpo_clip":
-        return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
-    if loss_type == "grpo_no_clip":
-        return compute_grpo_no_clip_loss(advantages, policy_log_probs, old_log_probs)
-    return compute_gspo_loss(advantages, policy_log_probs, old_log_probs, cliprange, response_mask)
+    if loss_type == "gspo":
+        return compute_gspo_loss(advantages, policy_log_probs, old_log_probs, cliprange, response_mask)
+    cliprange = None if loss_type == "grpo_no_clip" else cliprange
+    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
 
 
 def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequence",
@@ -521,12 +510,12 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
 
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
-    Returns: loss and gradient_norm; sums over the response tokens computed: tokens, clipped, gap = |trainer - engine|;
+    Returns: loss and gnorm (the gradient norm); sums over the response tokens computed: tokens, clipped, gap = |trainer - engine|;
     positions: those tokens with prompts and padding.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
-    sums = dict.fromkeys(("loss", "gradient_norm", "tokens", "clipped", "gap", "positions"), 0.0)
+    sums = dict.fromkeys(("loss", "gnorm", "tokens", "clipped", "gap", "positions"), 0.0)
     for group in micro_batches([len(answers[i].prompt_ids) + len(answers[i].ids) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
@@ -546,7 +535,7 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
                            ("positions", mask.numel()), ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
             sums[key] += float(value)
     if rows:
-        sums["gradient_norm"] = float(clip(parameters, config.clip_norm))
+        sums["gnorm"] = float(clip(parameters, config.clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return sums
@@ -578,7 +567,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
 
     def record(line: dict) -> None:
         history.append(line)
-        shown = [f"{label} {line[key]:{form}}" for key, label, form in SHOWN if line.get(key) is not None]
+        shown = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in line.items() if key != "step" and value is not None]
         eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
@@ -605,7 +594,11 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         # 3. Updates
         size, old, updates = config.train_batch_size, None, []
         if config.epochs_per_rollout * len(answers) > size:           # off-policy: what the trainer thought before the first
-            old = old_log_probs(score, answers, config.micro_batch_tokens)
+            old = [None] * len(answers)
+            for rows in micro_batches([len(a.prompt_ids) + len(a.ids) for a in answers], config.micro_batch_tokens):
+                with torch.no_grad():
+                    for i, values, kept in zip(rows, *score([answers[i] for i in rows])):
+                        old[i] = values[kept].tolist()
         for _ in range(config.epochs_per_rollout):
             draw.shuffle(used)
             for rows in (used[i:i + size] for i in range(0, len(used), size)):
@@ -616,14 +609,14 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         computed = max(sum(u["tokens"] for u in updates), 1)
         line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
                 "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"],
-                "loss": mean(u["loss"] for u in updates), "gradient_norm": mean(u["gradient_norm"] for u in updates),
-                "clip_fraction": sum(u["clipped"] for u in updates) / computed, "gap": sum(u["gap"] for u in updates) / computed,
+                "loss": mean(u["loss"] for u in updates), "gnorm": mean(u["gnorm"] for u in updates),
+                "clipped": sum(u["clipped"] for u in updates) / computed, "gap": sum(u["gap"] for u in updates) / computed,
                 "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
-                "length": total / len(answers), "length_right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
-                "length_wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
-                "truncated": mean(a.finish_reason == "length" for a in answers), "rollout_seconds": rollout_seconds,
-                "train_seconds": train_seconds, "rollout_tokens_per_second": total / rollout_seconds,
-                "train_tokens_per_second": sum(u["positions"] for u in updates) / train_seconds}
+                "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
+                "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
+                "truncated": mean(a.finish_reason == "length" for a in answers),
+                "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds,
+                "train_s": train_seconds, "train_tok/s": sum(u["positions"] for u in updates) / train_seconds}
         if updates and not math.isfinite(line["loss"]):
             raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
                              "Lower the learning rate, or clip the gradient")
@@ -636,23 +629,6 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                         "history": history, "config": asdict(config)}, buffer)
             write_whole(last, buffer.getvalue())
     return history
-
-
-SHOWN = [("reward", "reward", ".3f"), ("format", "format", ".2f"), ("loss", "loss", "+.4f"), ("gradient_norm", "gnorm", ".2f"),
-         ("entropy", "entropy", ".3f"), ("clip_fraction", "clipped", ".3f"), ("gap", "gap", ".1e"), ("length", "length", ".1f"),
-         ("length_right", "right", ".1f"), ("length_wrong", "wrong", ".1f"), ("truncated", "truncated", ".2f"),
-         ("rollout_tokens_per_second", "rollout tok/s", ".0f"), ("train_tokens_per_second", "train tok/s", ".0f"),
-         ("accuracy", "held-out", ".3f"), ("greedy", "greedy", ".3f")]
-
-
-@torch.no_grad()
-def old_log_probs(score: Callable, answers: list, max_tokens: int) -> list[list[float]]:
-    """Each answer's token log-probabilities by the trainer, in micro-batches."""
-    result: list = [[] for _ in answers]
-    for rows in micro_batches([len(a.prompt_ids) + len(a.ids) for a in answers], max_tokens):
-        for i, values, kept in zip(rows, *score([answers[i] for i in rows])):
-            result[i] = values[kept].tolist()
-    return result
 
 
 def mean(values) -> float | None:
@@ -702,14 +678,14 @@ def self_check() -> float:
 
 def bench(repeats: int = 5) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
-    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"), ("1 MB of open boxes", r"\boxed{" * 150_000),
-                       ("1 MB of braces", r"\boxed{" + "{" * 10**6), ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
+    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"), ("1 MB of boxes", r"\boxed{" * 150_000),
+                       ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(repeats + 1):                                  # the first is a warm-up
             began = time.perf_counter()
             r1_zero_reward(text, "3/4"), question_only_reward(text, "3/4")
             times.append((time.perf_counter() - began) * 1e3)
-        times = sorted(times[1:])                                     # the first was a warm-up
+        times = sorted(times[1:])
         print(f"{name:20s} {times[len(times) // 2]:8.3f} ms  (min {times[0]:.3f}, max {times[-1]:.3f})")
 
 
@@ -723,11 +699,11 @@ def table(run_dirs: list[str]) -> None:
         pairs = [(measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"), (steps, "length", ".1f")]
         shown = [f"{xs[0][key]:{form}} -> {xs[-1][key]:{form}}" for xs, key, form in pairs]
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
-        seconds = sum(x["rollout_seconds"] + x["train_seconds"] for x in steps)
+        seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
         print(f"{folder[-36:]:36s} {shown[0]:>14s} {shown[1]:>14s}  {curve:22s} {shown[2]:>14s} {shown[3]:>13s} {seconds:8.0f}")
 
 
-EMBEDDED = dict(steps=80, lr=1e-4, rollout_batch_size=128, train_batch_size=128, max_tokens=64, eval_every=20)
+EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -68,15 +68,13 @@ def logits_of(model, input_ids: Tensor) -> Tensor:
 def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: int) -> dict[str, Tensor]:
     """Join prompt and output, pad on the right, shift by one.
 
-    Returns: input_ids (B, T) and labels (B, T), int64, T = longest joined row - 1; response_mask (B, T), bool, true
-    where the *label* is a token of the output. The mask comes from the lengths: a padding id that also is a real
-    token (end of text, mostly) must count where it is real and not where it pads.
+    Returns: input_ids and labels (B, T), int64, T = longest joined row - 1; response_mask (B, T), bool, true where the
+    *label* is a token of the output. It comes from the lengths: a padding id that is a real token as well (end of text,
+    mostly) must count where it is real and not where it pads.
     Example: prompt [1, 2], output [3, 4] -> input_ids [1, 2, 3], labels [2, 3, 4], mask [0, 1, 1].
-    Raises: ValueError if the lists differ in length, are empty, or a joined row has fewer than two tokens.
     """
     if len(prompt_ids) != len(output_ids) or not prompt_ids:
-        raise ValueError(f"need as many outputs as prompts and at least one, got {len(prompt_ids)} prompts and "
-                         f"{len(output_ids)} outputs")
+        raise ValueError(f"need as many outputs as prompts, at least one: got {len(prompt_ids)} and {len(output_ids)}")
     lengths = [len(p) + len(o) for p, o in zip(prompt_ids, output_ids)]
     if max(lengths) < 2:
         raise ValueError("every prompt + output is shorter than two tokens: there is nothing to predict")
@@ -132,13 +130,11 @@ def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
 
 def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
                                    response_mask: Tensor | None = None, chunk_tokens: int = 2048) -> dict[str, Tensor]:
-    """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens`
-    positions at a time, and again in the backward pass. With a response_mask it runs at the masked positions alone;
-    the others come back as 0. At V = 151,936 a chunk of 2048 costs 1.2 GB in fp32 where 256 x 1024 would cost 159 GB.
-    """
+    """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens` positions
+    at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the result is 0.
+    At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB."""
     if not hasattr(model, "hidden"):
-        raise ValueError("the chunked version needs model.hidden(ids) and model.lm_head; "
-                         "use get_response_log_probs for other models")
+        raise ValueError("chunks need model.hidden(ids) and model.lm_head; use get_response_log_probs for other models")
     hidden = model.hidden(input_ids)                                                     # (B, T, D)
     where = torch.ones_like(labels, dtype=torch.bool) if response_mask is None else response_mask.bool()
     rows, targets = hidden[where], labels[where]                                         # (N, D), (N,)
@@ -160,11 +156,8 @@ def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, ret
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
-    """Sum over the mask (along `dim`, or over all), divided by a constant. An empty mask sums to 0.
-
-    Masked-out entries are left out, not multiplied by 0: a NaN or inf there does no harm.
-    Example: masked_normalize([1, 2, 3], [1, 1, 0], normalize_constant=2) -> 1.5
-    """
+    """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is left
+    out, not multiplied by 0: NaN does no harm there. Example: ([1, 2, 3], [1, 1, 0], normalize_constant=2) -> 1.5"""
     kept = tensor.masked_fill(~mask.bool(), 0)
     return (kept.sum() if dim is None else kept.sum(dim)) / normalize_constant
 
@@ -190,48 +183,44 @@ ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a respo
 
 
 def read_json_lines(path: str) -> list[dict]:
-    """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError naming the line that is not a JSON object."""
-    rows = []
+    """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError that names the line which is not a JSON object."""
+    rows, number = [], 1
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
-                        raise ValueError("not a JSON object")
+                        raise ValueError("not an object")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:                                            # json and unicode errors are ValueErrors
-        raise ValueError(f"{path}, line {number if rows or 'number' in locals() else 1}: {error}; "
-                         "expected one JSON object a line") from None
+    except ValueError as error:                                            # json's and utf-8's errors are ValueErrors
+        raise ValueError(f"{path}, line {number}: {error}; expected a JSON object a line") from None
     if not rows:
-        raise ValueError(f"{path} holds no examples; expected one JSON object a line")
+        raise ValueError(f"{path} holds no examples; expected a JSON object a line")
     return rows
 
 
 class PackedDataset(torch.utils.data.Dataset):
-    """Instruction data as one long row of tokens, cut into chunks of `seq_length`.
+    """Instruction data as one long row of tokens, cut into chunks of `seq_length` without overlap.
 
-    Each example becomes the Alpaca template plus the end-of-text id; the documents are joined (in shuffled order
-    with shuffle=True, seeded) and cut without overlap. Item i is {"input_ids", "labels"}, each (seq_length,) int64,
-    labels shifted by one, so that the last label of a chunk is the first input of the next. A last chunk that is not
-    full is dropped. Tokens of the instruction are trained on too: that is what packing trades for its speed.
+    Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in shuffled
+    order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are shifted by one, so
+    the last label of a chunk is the first input of the next. A last chunk that is not full is dropped. The instruction's
+    tokens are learned too: that is what packing trades for its speed.
     """
 
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
         if seq_length < 1:
             raise ValueError(f"seq_length must be at least 1, got {seq_length}")
-        examples = read_json_lines(dataset_path)
-        for number, example in enumerate(examples, 1):
-            if not (isinstance(example.get("prompt"), str) and isinstance(example.get("response"), str)):
-                raise ValueError(f"{dataset_path}, example {number}: needs the strings 'prompt' and 'response', "
-                                 f"has {sorted(example)}")
+        examples, ids, end = read_json_lines(dataset_path), [], end_of_text_id(tokenizer)
         if shuffle:
             random.Random(seed).shuffle(examples)
-        ids: list[int] = []
         for example in examples:
+            if not (isinstance(example.get("prompt"), str) and isinstance(example.get("response"), str)):
+                raise ValueError(f"{dataset_path}: examples need the strings 'prompt' and 'response', one has {sorted(example)}")
             text = ALPACA_TEMPLATE.format(prompt=example["prompt"], response=example["response"])
-            ids += encode(tokenizer, text, add_special_tokens=True) + [end_of_text_id(tokenizer)]
+            ids += encode(tokenizer, text, add_special_tokens=True) + [end]
         if len(ids) <= seq_length:
             raise ValueError(f"{dataset_path} packs to {len(ids)} tokens: too few for one chunk of {seq_length} + 1")
         self.tokens, self.seq_length = torch.tensor(ids, dtype=torch.long), seq_length
@@ -242,8 +231,8 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(f"chunk {i} of {len(self)}")
-        start, T = i * self.seq_length, self.seq_length
-        return {"input_ids": self.tokens[start:start + T], "labels": self.tokens[start + 1:start + T + 1]}
+        start, end = i * self.seq_length, (i + 1) * self.seq_length
+        return {"input_ids": self.tokens[start:end], "labels": self.tokens[start + 1:end + 1]}
 
 
 def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> torch.utils.data.DataLoader:
@@ -323,21 +312,19 @@ def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, respon
 
 
 def read_hh_pairs(path: str) -> list[dict]:
-    """Single-turn pairs of a file in the form of Anthropic's HH: {"chosen", "rejected"}, each a whole dialogue
-    '\\n\\nHuman: ...\\n\\nAssistant: ...'. Dialogues of several turns, or with different first turns, are left out.
-    Lines {"prompt", "chosen", "rejected"} are taken as they are."""
+    """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a whole
+    dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the ones with a single turn and one prompt are kept."""
     pairs = []
     for row in read_json_lines(path):
         if not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
-            raise ValueError(f"{path}: a pair needs the strings 'chosen' and 'rejected', this line has {sorted(row)}")
-        if "prompt" in row:
+            raise ValueError(f"{path}: a pair needs the strings 'chosen' and 'rejected', one has {sorted(row)}")
+        if "prompt" not in row:
+            sides = [re.split(r"\n\n(?:Human|Assistant):", row[side]) for side in ("chosen", "rejected")]
+            if any(len(side) != 3 or side[0].strip() for side in sides) or sides[0][1] != sides[1][1]:
+                continue
+            row = dict(zip(("prompt", "chosen", "rejected"), (sides[0][1].strip(), sides[0][2].strip(), sides[1][2].strip())))
+        if row["chosen"] != row["rejected"]:
             pairs.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
-            continue
-        sides = [re.split(r"\n\n(?:Human|Assistant):", row[side]) for side in ("chosen", "rejected")]
-        if all(len(side) == 3 and not side[0].strip() for side in sides) and sides[0][1] == sides[1][1]:
-            prompt, chosen, rejected = sides[0][1].strip(), sides[0][2].strip(), sides[1][2].strip()
-            if chosen != rejected:
-                pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise ValueError(f"{path} holds no single-turn pair")
     return pairs
@@ -723,7 +710,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, kind, default in (("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
                                 ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
-                                ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 600), ("seed", int, 0)):
+                                ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 800), ("seed", int, 0)):
         add("--" + name, type=kind, default=default)
     add("--explain", action="store_true", help="walk through a tiny batch and check the file")
     add("--bench", action="store_true")

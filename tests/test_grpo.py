@@ -252,7 +252,7 @@ def test_the_policy_learns_what_is_rewarded():
     rewards = [line["reward"] for line in history[1:]]
     assert rewards[0] < 0.4 < 0.6 < sum(rewards[-3:]) / 3, rewards
     assert history[-1]["gap"] < 1e-5                                    # engine and trainer are one model here
-    assert {"entropy", "length", "truncated", "gradient_norm", "rollout_tokens_per_second"} <= set(history[-1])
+    assert {"entropy", "length", "truncated", "gnorm", "rollout_tok/s"} <= set(history[-1])
 
 
 @pytest.mark.parametrize("setting", [
@@ -290,7 +290,7 @@ def test_resume_is_the_run_that_was_never_stopped(tmp_path):
         train(config, run_dir=str(tmp_path / "b"), log=kill)
     resumed, again = train(config, run_dir=str(tmp_path / "b"), resume=True, seed=7)
     assert torch.equal(resumed, whole)                                  # bit for bit, on a CPU
-    timed = ("rollout_seconds", "train_seconds", "rollout_tokens_per_second", "train_tokens_per_second")
+    timed = ("rollout_s", "train_s", "rollout_tok/s", "train_tok/s")
     strip = [[{k: v for k, v in line.items() if k not in timed} for line in log] for log in (history, again)]
     assert strip[0] == strip[1]
     logged = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
@@ -308,7 +308,7 @@ def test_a_step_without_signal_changes_nothing():
     run = make_run()
     start = torch.cat([p.detach().flatten() for p in run[0].parameters()])
     after, history = train(grpo.GRPOConfig(**SMALL), run, reward_fn=lambda r, t: {"reward": 1.0})
-    assert torch.equal(after, start) and history[-1]["no_signal"] == 1.0 and history[-1]["gradient_norm"] == 0.0
+    assert torch.equal(after, start) and history[-1]["no_signal"] == 1.0 and history[-1]["gnorm"] == 0.0
 
 
 def test_rollouts_in_another_dtype_have_a_gap_and_follow_the_trainer():
