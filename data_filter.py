@@ -780,10 +780,10 @@ def print_report(total: dict) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ 10. a sample
-SPEAK = {"de": "Der kleine Hund läuft jeden Morgen durch den Garten und sucht nach den Knochen, die er gestern versteckt hat.",
-         "fr": "Le petit chien court chaque matin dans le jardin et cherche les os qu'il a cachés la veille sous les arbres.",
-         "es": "El perro pequeño corre cada mañana por el jardín y busca los huesos que escondió ayer debajo de los árboles.",
-         "ru": "Маленькая собака каждое утро бегает по саду и ищет кости, которые она вчера спрятала под деревьями.",
+SPEAK = {"de": "Der kleine Hund läuft jeden Morgen durch den Garten und sucht nach den Knochen von gestern.",
+         "fr": "Le petit chien court chaque matin dans le jardin et cherche les os qu'il a cachés la veille.",
+         "es": "El perro pequeño corre cada mañana por el jardín y busca los huesos que escondió ayer.",
+         "ru": "Маленькая собака каждое утро бегает по саду и ищет кости, которые она вчера спрятала.",
          "ja": "小さな犬は毎朝庭を走って、昨日木の下に隠した骨を探しています。", "zh": "小狗每天早上在花园里跑来跑去，寻找昨天藏在树下的骨头。"}
 
 def warc_record(url: str, body: bytes, head: str = "Content-Type: text/html", status: int = 200) -> bytes:
@@ -792,97 +792,92 @@ def warc_record(url: str, body: bytes, head: str = "Content-Type: text/html", st
     return gzip.compress(f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Target-URI: {url}\r\nContent-Type: application/http\r\n"
                          f"Content-Length: {len(block)}\r\n\r\n".encode() + block + b"\r\n\r\n", mtime=0)
 
-def docstring_pages() -> Iterator[tuple[str, list[str]]]:
-    """(module, paragraphs) of Python's own library, where it explains itself in prose: real text that needs no download."""
+def library_prose() -> Iterator[tuple[str, list[str]]]:
+    """(module, paragraphs) of Python's own library, where its docstrings are prose: real text that needs no download."""
     root = Path(ast.__file__).parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(p for p in root.rglob("*.py") if not {"site-packages", "test", "tests"} & set(p.parts)):
         with contextlib.suppress(SyntaxError, ValueError):
-            nodes = [] if {"site-packages", "test", "tests"} & set(path.parts) else ast.walk(ast.parse(path.read_bytes()))
-            texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-            prose = [" ".join(p.split()) for text in texts for p in re.split(r"\n\s*\n", text)]
-            prose = [p for p in dict.fromkeys(prose) if len(p.split()) > 7 and p[-1] == "." and not re.search(r"[{}<>=]|--", p)]
-            if sum(len(p.split()) for p in prose) > 150:
+            nodes = [n for n in ast.walk(ast.parse(path.read_bytes())) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+            prose = dict.fromkeys(" ".join(p.split()) for n in nodes for p in re.split(r"\n\s*\n", ast.get_docstring(n) or ""))
+            prose = [p for p in prose if len(p.split()) > 7 and p.endswith(".") and not re.search(r"[{}<>=]|--", p)]
+            if len(" ".join(prose).split()) > 150:
                 yield str(path.relative_to(root).with_suffix("")), prose
 
 def write_sample(out: str, seed: int = 0) -> None:
     """sample.warc.gz; expected.json: url -> what must happen to each planted page; heldout.txt: clean text kept back."""
-    os.makedirs(out, exist_ok=True)
-    rng, records, expected, pages = random.Random(seed), [], {}, list(docstring_pages())
-    prose = [p for _, paragraphs in pages for p in paragraphs if 25 < len(p.split()) < 90 and identify_language(p)[1] > 0.9]
+    rng, records, expected, pages = random.Random(seed), [], {}, list(library_prose())
+    prose = [html.escape(p) for _, ps in pages for p in ps if 25 < len(p.split()) < 90 and identify_language(p)[1] > 0.9]
     words = " ".join(prose).split()
     menu = "<ul>" + "".join(f"<li><a href=/{w}>{w}</a>" for w in "Home Products Forum Login Register".split()) + "</ul>"
 
     def page(*paragraphs: str) -> str:
-        return f"<html><title>A page</title><script>if (a < b) {{}}</script>{menu}" + "".join(f"<p>{p}</p>" for p in paragraphs)
-
-    def article() -> list[str]:
-        return [html.escape(p) for p in rng.sample(prose, 8)]
+        return "".join(["<html><title>A page</title><script>if (a < b) {}</script>", menu, *(f"<p>{p}</p>" for p in paragraphs)])
 
     def plant(name: str, want: str, body: str | bytes, *more, **details) -> None:
-        url = f"http://sample.test/{name}"
-        records.append(warc_record(url, body if isinstance(body, bytes) else body.encode(), *more))
-        expected[url] = {"want": want, **details}
+        expected[f"http://sample.test/{name}"] = {"want": want, **details}
+        records.append(warc_record(f"http://sample.test/{name}", body if isinstance(body, bytes) else body.encode(), *more))
     for i, (module, paragraphs) in enumerate(pages):
-        if i % 10:
+        size = len(" ".join(paragraphs).split())
+        if i % 10:                                                   # the page, and as much debris of two kinds
             records.append(warc_record(f"http://sample.test/doc/{module}", page(*map(html.escape, paragraphs)).encode()))
-            size = sum(len(p.split()) for p in paragraphs)
-            plant(f"shop/{i}", "dropped", page(*(f"{rng.choice(words)} {rng.choice(words)} $9 Add to cart!" for _ in range(size // 5))))
+            plant(f"shop/{i}", "dropped", page(*(f"{' '.join(rng.choices(words, k=2))} $9 Add to cart!" for _ in range(size // 5))))
             plant(f"spam/{i}", "dropped", page(" ".join(rng.choices(rng.sample(words, 9), k=size)) + "."))
+    for i in range(20):                                              # five pages in four copies each, all but one sentence alike
+        near = rng.sample(prose, 8) if i % 4 == 0 else near
+        plant(f"duplicate/{i}", "kept", page(*near, f"This copy of the page was made on day number {i} of the year."), group=i // 4)
+    cafe = page(*near, "The café of the naïve señor opens at eight, which is “early” for this part of the town.")
+    packed, has = gzip.compress(cafe.encode(), mtime=0), "café of the naïve señor"
     for code, text in SPEAK.items():
         plant(f"language/{code}", "language", page(*[text] * 3))
-    plant("personal", "kept", page(*article(), "Write to test@example.com or call (283) 182-3829 any day, from 192.168.0.1."),
+    plant("personal", "kept", page(*near, "Write to test@example.com or call (283) 182-3829 any day, from 192.168.0.1."),
           masked={"emails": 1, "phones": 1, "ips": 1})
-    for i in range(5):
-        near = article()
-        for j in range(4):
-            plant(f"duplicate/{i}/{j}", "kept", page(*near, f"This copy of the page was made on day number {j} of the year."), group=i)
-    cafe = page(*article(), "The café of the naïve señor opens at eight, which is “early” for this part of the town.")
-    plant("latin", "kept", cafe.encode("cp1252"), "Content-Type: text/html; charset=iso-8859-1", has="café of the naïve señor")
-    plant("hostile", "kept", cafe.replace("<p>", "<div <p title='>' <<b><p onclick=\"a > b\">").replace("</p>", "<!-- > --></p></i>"))
-    packed = gzip.compress(cafe.encode(), mtime=0)
+    plant("latin", "kept", cafe.encode("cp1252"), "Content-Type: text/html; charset=iso-8859-1", has=has)
+    plant("hostile", "kept", cafe.replace("<p>", "<div <p title='>' <<b><p id=\"a > b\">").replace("</p>", "<!-- > --></p></i>"), has=has)
     plant("chunked", "kept", b"%x\r\n%s\r\n0\r\n\r\n" % (len(packed), packed),
-          "Content-Type: text/html\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip", has="café of the naïve señor")
+          "Content-Type: text/html\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip", has=has)
     plant("image", "content type", b"\x89PNG" * 99, "Content-Type: image/png")
     plant("missing", "status", cafe, "Content-Type: text/html", 404)
     plant("menu", "dropped", page())
-    plant("obscene", "nsfw", page(*article()[:2], "Hot sl*ts want c0ck and pussy in this free xxx porn video tonight, so come and see."))
-    plant("abuse", "toxic", page(*article()[:2], "You are a worthless idiot and nobody likes you. Shut up, you moron, and go to hell today."))
+    plant("obscene", "nsfw", page(*prose[:2], "Hot sl*ts want c0ck and pussy in this free xxx porn video tonight, so come and see."))
+    plant("abuse", "toxic", page(*prose[:2], "You are a worthless idiot and nobody likes you. Shut up, you moron, and go to hell."))
     rng.shuffle(records)
     records.append(warc_record("http://sample.test/cut", cafe.encode())[:-200])
+    os.makedirs(out, exist_ok=True)
     for name, data in (("sample.warc.gz", b"".join(records)), ("expected.json", json.dumps(expected, indent=1).encode()),
                        ("heldout.txt", "\n\n".join(p for _, ps in pages[::10] for p in ps).encode())):
         Path(out, name + ".tmp").write_bytes(data)
         os.replace(Path(out, name + ".tmp"), Path(out, name))
 
-def check_report(out: str, expected_path: str) -> None:
-    """Compares what the pipeline did to the sample with the known answers. Raises: ValueError at the first difference."""
-    expected, report = json.loads(Path(expected_path).read_text()), json.loads(Path(out, "sample.warc.report.json").read_text())
-    got = {d["url"]: ("dropped" if w == "dropped" else reason, d) for reason, ds in report["dropped"].items() for d in ds for w in [0]}
+def check_sample(out: str, expected_path: str) -> None:
+    """Compares what the pipeline made of the sample with the known answers. Raises: ValueError at the first difference."""
+    expected, report = (json.loads(Path(p).read_text("utf-8")) for p in (expected_path, Path(out, "sample.warc.report.json")))
+    got = {document["url"]: (reason, document) for reason, documents in report["dropped"].items() for document in documents}
     with gzip.open(Path(out, "sample.warc.jsonl.gz"), "rt", encoding="utf-8") as f:
-        got |= {d["url"]: ("kept", d) for d in map(json.loads, f)}
+        got |= {document["url"]: ("kept", document) for document in map(json.loads, f)}
+    if lost := sum(report["documents"].values()) - len(got):
+        raise ValueError(f"the report shows {lost} documents too few: filter the sample with --keep-dropped 100000")
     for url, want in expected.items():
-        reason, document = got.get(url, ("nothing", {}))
-        if not (reason.startswith(want["want"]) or want["want"] == "dropped" != reason != "kept"):
+        reason, document = got.get(url, ("not there", {}))
+        if want["want"] not in (reason, "dropped" if reason not in ("kept", "not there") else ""):
             raise ValueError(f"{url} should be {want['want']}, is {reason}")
         if want.get("masked", document.get("masked")) != document.get("masked") or want.get("has", "") not in document.get("text", ""):
-            raise ValueError(f"{url} came out as {document}")
+            raise ValueError(f"{url} came out wrong: {document}")
     if report["warnings"] != {"truncated gzip member": 1}:
         raise ValueError(f"the cut record should be the one warning, got {report['warnings']}")
     print(f"{len(expected)} planted pages as expected, {len(got) - len(expected)} others filtered, 1 cut record counted  OK")
 
 
-# ------------------------------------------------------------------------------------------------------- at the door
+# --------------------------------------------------------------------------------------------------- 11. to run it
 def walk_through() -> None:
     """One page, step by step."""
-    page = b"<title>x</title><h1>Caf\xe9s</h1><p>Write to <b>a@b.org</b>, please &amp; soon.<ul><li>one<li>two</ul><script>1<2</script>"
+    page = b"<title>x</title><h1>The caf\xe9s</h1><p>You write to <b>a@b.org</b> &amp; wait.<ul><li>one<li>two</ul><script>1<2</script>"
     text = extract_text(page, "iso-8859-1")
-    print(f"bytes     {page[:48]!r} ...\ntext      {text!r}\nlanguage  {identify_language(text)}\nmasked    {mask_emails(text)[0]!r}")
-    print(f"gopher    {gopher_reasons(text)}\nquality   {classify_quality(text)}\ntoxic     {classify_toxic('Shut up, you idiot!')}")
+    print(f"bytes     {page!r}\ntext      {text!r}\nlanguage  {identify_language(text)}\nmasked    {mask_emails(text)}\n"
+          f"gopher    {gopher_reasons(text)}\ntoxic     {classify_toxic('Shut up, you idiot!')}\nquality   {classify_quality(text)}")
 
-def self_check() -> str:
-    """The steps against known answers. Raises: AssertionError."""
-    record = warc_record("http://a.test/", b"<p>1 &lt; 2")
-    warnings = Counter()
+def self_check() -> None:
+    """Each step against known answers. Raises: AssertionError."""
+    record, warnings = warc_record("http://a.test/", b"<p>1 &lt; 2"), Counter()
     got = [(r.url, r.status, extract_text(r.payload)) for r in read_warc(io.BytesIO(record + record[:-20]), warnings)]
     assert got == [("http://a.test/", 200, "1 < 2")] and warnings == {"truncated gzip member": 1}, (got, warnings)
     assert extract_text("<ol><li>a<li>b</ol><table><tr><td>c<td>d") == "  1. a\n  2. b\nc\t\td"
@@ -892,41 +887,43 @@ def self_check() -> str:
     assert mask_ips("1.2.3.4, 1.2.3.4.5 and 300.1.1.1.") == ("|||IP_ADDRESS|||, 1.2.3.4.5 and 300.1.1.1.", 1)
     assert gopher_quality("the with " * 50) and gopher_reasons("a be " * 50) == ["mean word length"]
     model = FastText.train(["good fine nice", "bad poor sad"] * 9, ["up", "down"] * 9, dim=8, lr=0.5)
-    assert model.predict("fine")[0] == ("__label__up",)
-    return "archives, text, languages, masks, rules and FastText as known  OK"
+    assert model.predict("fine")[0] == ("__label__up",) and model.predict("poor")[0] == ("__label__down",)
+    print("archives, text, languages, masks, rules and FastText as known  OK")
 
 def bench(repeats: int = 5) -> None:
-    """Median speed on this file's own sample."""
-    pages = [("<p>" + "</p>\n<p class='a'>".join(map(html.escape, ps))) * 3 for _, ps in docstring_pages()]
-    texts, size = [extract_text(p) for p in pages], sum(map(len, pages)) / 1e6
-    for name, step, inputs in (("extract_text", extract_text, pages), ("identify_language", identify_language, texts),
-                               ("gopher, repetition", lambda t: (gopher_reasons(t), repetition_reasons(t)), texts),
-                               ("nsfw, toxic, quality", lambda t: (classify_nsfw(t), classify_toxic(t), classify_quality(t)), texts)):
-        times = []
+    """Megabytes of HTML a second, one core, median of `repeats`, on the prose of Python's library."""
+    pages = [("<p>" + "</p>\n<p class='a'>".join(map(html.escape, ps))) for _, ps in library_prose()]
+    texts, size, times = [extract_text(p) for p in pages], sum(map(len, pages)) / 1e6, []
+    for step in (extract_text, identify_language, gopher_reasons, repetition_reasons, fineweb_reasons, c4_lines, classify_nsfw,
+                 classify_toxic, classify_quality, mask_emails, mask_phone_numbers, mask_ips):
         for _ in range(repeats):
             start = time.perf_counter()
-            list(map(step, inputs))
-            times.append(size / (time.perf_counter() - start))
-        print(f"{name:22s} {sorted(times)[repeats // 2]:7.1f} MB/s of HTML  (min {min(times):.1f}, max {max(times):.1f})")
+            list(map(step, pages if step is extract_text else texts))
+            times.append(time.perf_counter() - start)
+        slow, middle, quick = (size / sorted(times[-repeats:])[i] for i in (-1, repeats // 2, 0))
+        print(f"{step.__name__:20s} {middle:7.1f} MB/s  (min {slow:.1f}, max {quick:.1f})")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="IN", help="WARC or WET files, http(s) URLs, or - for stdin")
-    parser.add_argument("--out", metavar="DIR", default="out/data/filtered", help="one .jsonl.gz and one report for each input")
-    parser.add_argument("--workers", type=int, help="processes; default: all cores")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="take every N-th input from the I-th: for job arrays")
-    parser.add_argument("--keep-dropped", type=int, default=0, metavar="N", help="random examples of each reason, in the report")
-    parser.add_argument("--languages", nargs="*", default=["en"], help="codes to keep; none for all")
-    parser.add_argument("--min-language", type=float, default=0.65, metavar="P", help="least probability of the language")
-    parser.add_argument("--without", nargs="*", default=[], choices=STEPS, help="steps to leave out")
+    add = parser.add_argument
+    add("inputs", nargs="*", metavar="IN", help="WARC or WET files, http(s) URLs, or - for stdin")
+    add("--out", metavar="DIR", default="out/data/filtered", help="one .jsonl.gz and one .report.json for each input")
+    add("--workers", type=int, help="processes; default: all cores")
+    add("--shard", default="0/1", metavar="I/N", help="only every N-th input, from the I-th: for job arrays")
+    add("--keep-dropped", type=int, default=0, metavar="N", help="random examples of each reason, in the report")
+    add("--languages", nargs="*", default=["en"], help="codes to keep; none for all")
+    add("--min-language", type=float, default=0.65, metavar="P", help="least probability of the language")
+    add("--without", nargs="*", default=[], choices=STEPS, help="steps to leave out")
     for step in ("lid", "nsfw", "toxic", "quality"):
-        parser.add_argument("--" + step, metavar="MODEL", help="a FastText .bin in place of the embedded classifier")
-    parser.add_argument("--train-quality", nargs=2, metavar=("POS", "NEG"), help="text files, a page a line; model to --out")
-    parser.add_argument("--sample", metavar="DIR", help="write a sample archive with known answers")
-    parser.add_argument("--check", metavar="EXPECTED", help="compare --out with the sample's expected.json")
-    parser.add_argument("--bench", action="store_true")
+        add("--" + step, metavar="MODEL", help="a FastText .bin in place of the embedded classifier")
+    add("--train-quality", nargs=2, metavar=("POS", "NEG"), help="text files, a page a line; the model goes to --out")
+    add("--sample", metavar="DIR", help="write a sample archive with known answers")
+    add("--check", metavar="EXPECTED", help="compare --out with the sample's expected.json")
+    add("--bench", action="store_true", help="the speed of each step")
     args = parser.parse_args()
     try:
+        if not (shard := re.fullmatch("([0-9]+)/([1-9][0-9]*)", args.shard)) or int(shard[1]) >= int(shard[2]):
+            raise ValueError(f"--shard {args.shard}: want I/N with I from 0 to N - 1, as in 0/8")
         if args.bench:
             bench()
         elif args.sample:
@@ -935,17 +932,14 @@ def main() -> int:
             good, bad = (Path(path).read_text("utf-8").splitlines() for path in args.train_quality)
             FastText.train(good + bad, ["wiki"] * len(good) + ["cc"] * len(bad), word_ngrams=2).save(args.out)
         elif args.inputs:
-            if not (shard := re.fullmatch("([0-9]+)/([1-9][0-9]*)", args.shard)) or int(shard[1]) >= int(shard[2]):
-                raise ValueError(f"--shard {args.shard}: want I/N with I from 0 to N - 1, as in 0/8")
             models = {step: path for step in ("lid", "nsfw", "toxic", "quality") if (path := getattr(args, step))}
-            total = filter_files(args.inputs[int(shard[1])::int(shard[2])], args.out, args.workers, args.keep_dropped, without=args.without,
-                                 languages=args.languages, min_language=args.min_language, models=models)
-            print_report(total)
+            options = dict(without=args.without, languages=args.languages, min_language=args.min_language, models=models)
+            print_report(filter_files(args.inputs[int(shard[1])::int(shard[2])], args.out, args.workers, args.keep_dropped, **options))
         elif not args.check:
             walk_through()
-            print(self_check())
+            self_check()
         if args.check:
-            check_report(args.out, args.check)
+            check_sample(args.out, args.check)
     except (ValueError, OSError) as fault:
         print(f"data_filter.py: {fault}", file=sys.stderr)
         return 2
