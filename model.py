@@ -8,6 +8,10 @@ Deviations: normalises before each sub-layer and once at the end (in 2017: after
             embeddings from N(0, 1), linear weights from N(0, 2/(d_in+d_out)), both cut at 3 sigma.
 Copy:       this file alone; needs torch (triton only for linear_cross_entropy(backend="triton")). MIT.
 Run:        python model.py
+            RoPE turns (1, 0) at positions 0, 1, 2 into (1.00, 0.00), (0.54, 0.84), (-0.42, 0.91)
+            ids (1, 6) -> hidden (1, 6, 32) -> logits (1, 6, 50), loss 4.50 nats; knowing nothing costs log 50 = 3.91
+            XL      2,127,057,600   4.51   22.3%    7.1%   66.9%    3.6%             244                 92.8
+            every two ways to the same numbers agree to 1.3e-06  OK
 """
 import argparse
 import functools
@@ -539,9 +543,10 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
         log_probs[live, step] = (logits[rows, tokens] - logits.logsumexp(-1)).float()
         if device.type == "cuda" and (step + 1) % 16 and step + 1 < steps:              # to look means to wait
             continue
+        written = texts.cpu()
         for row in set(live.tolist()) - done:
             s, first = samples[row], len(samples[row].prompt_ids)
-            s.ids = texts[row, first:first + min(step + 1, limits[row])].tolist()
+            s.ids = written[row, first:first + min(step + 1, limits[row])].tolist()
             if _ends(s, checked, limits[row], min_new_tokens, set(stop_ids), stop_strings, decode):
                 s.logprobs = log_probs[row, :len(s.ids)].tolist()
                 done.add(row)
@@ -743,7 +748,8 @@ def walk_through() -> None:
     print(f"ids {tuple(ids.shape)} -> hidden {tuple(model.hidden(ids).shape)} -> logits {tuple(model(ids).shape)}, "
           f"loss {loss:.2f} nats; knowing nothing costs log 50 = {math.log(50):.2f}")
     print("GPT-2      parameters  TFLOP for 1024 tokens: projections, scores, ffn, head  GB with AdamW, batch 8  days")
-    for name, *shape in (("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25)):
+    sizes = ("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25)
+    for name, *shape in sizes:                                        # D, L, H
         c = ModelConfig(50257, 1024, *shape, d_ff=4 * shape[0])
         *parts, total = count_flops(c, 1024).values()
         days = 3 * total * 300e9 / 1024 / (0.5 * 989e12) / 86400      # backward costs twice forward
@@ -806,20 +812,17 @@ def bench(device: str = "cpu", seconds: float = 2.0) -> None:
         before = torch.cuda.memory_allocated() if cuda and torch.cuda.reset_peak_memory_stats() is None else 0
         time = Timer("run(loss, *large)", globals=locals()).blocked_autorange(min_run_time=seconds)
         peak = f", {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB" if cuda else ""
-        print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), {6 * N * V * D / time.median / 1e12:.2f} "
-              f"TFLOP/s{peak}, relative errors {errors[0]:.1e} {errors[1]:.1e}", flush=True)
+        print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), "
+              f"{6 * N * V * D / time.median / 1e12:.2f} TFLOP/s{peak}, relative errors of the gradients "
+              f"{errors[0]:.1e} {errors[1]:.1e}", flush=True)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bench", action="store_true", help="time the losses side by side")
-    parser.add_argument("--device", default="cpu", help="of --bench: cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="of --bench",
+                        choices=["cpu"] + ["cuda"] * torch.cuda.is_available())
     args = parser.parse_args()
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        print(f"model.py: no device {args.device!r} here: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
     if args.bench:
         bench(args.device)
         return 0
