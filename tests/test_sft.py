@@ -370,8 +370,8 @@ EXAMPLES = [{"prompt": f"{i} + {i} =", "response": f" {2 * i}<|endoftext|>"} for
 
 
 def tuned(model, micro_step, examples, optimizer=None, **options):
-    config = sft.TuneConfig(**(dict(epochs=2, batch_size=3) | options))
-    result = sft.fine_tune(model, optimizer or torch.optim.SGD(model.parameters(), lr=0.1), examples, micro_step, config, **CONSTANT)
+    result = sft.fine_tune(model, optimizer or torch.optim.SGD(model.parameters(), lr=0.1), examples, micro_step,
+                           **CONSTANT | dict(epochs=2, batch_size=3) | options)
     return torch.cat([p.detach().flatten() for p in model.parameters()]), result
 
 
@@ -420,9 +420,9 @@ def test_dpo_loop_keeps_the_best(tokenizer):
     def evaluate():
         seen.append((sft.preference_accuracy(lm, tokenizer, pairs), torch.cat([p.detach().flatten().clone() for p in lm.parameters()])))
         return {"accuracy": [0.1, 0.9, 0.5][len(seen) - 1]}             # the second is said to be the best
-    config = sft.TuneConfig(epochs=3, batch_size=3, eval_every=1, keep_best="accuracy")
-    result = sft.fine_tune(lm, torch.optim.RMSprop(lm.parameters(), lr=0.01), pairs, sft.dpo_micro_step(lm, reference, tokenizer, 0.1),
-                           config, evaluate=evaluate, **CONSTANT | dict(schedule=lambda step, total: 0.02))
+    result = sft.fine_tune(
+        lm, torch.optim.RMSprop(lm.parameters(), lr=0.01), pairs, sft.dpo_micro_step(lm, reference, tokenizer, 0.1), epochs=3,
+        batch_size=3, eval_every=1, keep_best="accuracy", evaluate=evaluate, **CONSTANT | dict(schedule=lambda step, total: 0.02))
     assert result["accuracy"] == 0.9 and len(seen) == 3
     assert torch.equal(torch.cat([p.detach().flatten() for p in lm.parameters()]), seen[1][1])
     assert before < seen[-1][0]                                         # the policy has come to prefer the chosen ones
