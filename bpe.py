@@ -188,12 +188,14 @@ class Tokenizer:
         with explained("the vocabulary needs all 256 bytes, and the parts and product of every merge"):
             self.byte_id = [ids[bytes([byte])] for byte in range(256)]
             self.ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
+        with explained(f"pattern must be one of {', '.join(PATTERNS)}"):
+            self._words, self._cache = regex.compile(PATTERNS[pattern]), {}
         self._special, self.special_tokens = re.compile(special_pattern(special_tokens)), {}
+        appended = itertools.count(max(self.vocab) + 1)
         for token in special_tokens:
-            self.special_tokens[token] = i = ids.setdefault(token.encode(), max(self.vocab) + 1)
-            self.vocab[i] = token.encode()
+            self.special_tokens[token] = i = ids[token.encode()] if token.encode() in ids else next(appended)
+            self.vocab[i], ids[token.encode()] = token.encode(), i
         self.dtype = np.dtype("<u2" if max(self.vocab) < 1 << 16 else "<u4")
-        self._words, self._cache = regex.compile(PATTERNS[pattern]), {}
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises: ValueError for lone surrogates, which have no UTF-8 form."""

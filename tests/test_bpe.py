@@ -1,0 +1,343 @@
+"""bpe.py against tiktoken, tokenizers and rustbpe (tests/fixtures/make_bpe.py), and fast against plain."""
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+
+import bpe
+
+HERE = Path(__file__).parent
+FIXTURES = HERE / "fixtures"
+END = "<|endoftext|>"
+ANSWERS = json.loads((FIXTURES / "bpe_answers.json").read_text())
+MERGES = [(bytes.fromhex(a), bytes.fromhex(b)) for a, b in ANSWERS["merges"]]
+STRINGS = ANSWERS["strings"]
+
+
+def tokenizer(special=tuple(ANSWERS["special"]), **options) -> bpe.Tokenizer:
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in MERGES]
+    return bpe.Tokenizer(dict(enumerate(tokens)), MERGES, list(special), **options)
+
+
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / "text.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def fast(t: bpe.Tokenizer, text: str) -> list[int]:
+    return t.fast.encode(text.encode()).tolist()
+
+
+def random_cuts(text: str, rng: random.Random) -> list[str]:
+    pieces = []
+    while text:
+        n = rng.randint(1, 12)
+        pieces.append(text[:n])
+        text = text[n:]
+    return pieces
+
+
+# ---- training ----
+
+def test_merges_are_those_of_a_training_that_recounts_everything(tmp_path):
+    path = write(tmp_path, ANSWERS["text"])
+    vocab, merges = bpe.train_bpe(path, 256 + 1 + 300, [END], num_processes=1, log=None)
+    assert merges == MERGES
+    assert bpe.merge_words_plain(bpe.count_words_plain(str(path), [END]), 300) == MERGES
+    assert [vocab[i] for i in range(257)] == [bytes([i]) for i in range(256)] + [END.encode()]
+    assert [vocab[257 + rank] for rank in range(300)] == [a + b for a, b in MERGES] and len(vocab) == 557
+
+
+def test_merges_are_those_of_rustbpe_and_tokenizers_under_their_tie_rules(tmp_path):
+    path = write(tmp_path, ANSWERS["text"])
+    _, merges = bpe.train_bpe(path, 557, [END], log=None, tie_key=lambda left, right, tokens: (left, right))
+    assert [(a + b).hex() for a, b in merges] == ANSWERS["rustbpe"]
+    printable = bpe.byte_to_unicode()
+    order = sorted(range(256), key=printable.__getitem__) + list(range(256, 557))      # tokenizers sorts its alphabet
+    rank = {token: i for i, token in enumerate(order)}
+    _, merges = bpe.train_bpe(path, 557, [END], log=None, tie_key=lambda left, right, tokens: (rank[left], rank[right]))
+    assert [["".join(printable[x] for x in token) for token in pair] for pair in merges] == ANSWERS["tokenizers"]
+
+
+def test_processes_and_chunks_do_not_change_the_merges(tmp_path, monkeypatch):
+    path = write(tmp_path, ANSWERS["text"].replace(END, "") * 3)                       # no special token to cut at
+    one = bpe.train_bpe(path, 500, [END], 1, log=None)
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 10)                                          # dozens of chunks
+    assert bpe.train_bpe(path, 500, [END], 1, log=None) == one
+    assert bpe.train_bpe(path, 500, [END], 2, log=None) == one
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_fast_merges_are_plain_merges_where_ties_and_overlaps_abound(seed):
+    rng = random.Random(seed)
+    words = {bytes(rng.choices(b"ab", k=rng.randint(1, 12))): rng.randint(1, 3) for _ in range(40)}
+    plain = bpe.merge_words_plain(words, 10_000)                                        # until no pair is left
+    lengths, counts = np.array([len(w) for w in words]), np.array(list(words.values()))
+    assert bpe.merge_words(b"".join(words), lengths, counts, 10_000) == plain
+    assert len({a + b for a, b in plain}) == len(plain)
+
+
+def test_special_tokens_are_never_merged_across_and_line_ends_are_kept(tmp_path):
+    vocab, merges = bpe.train_bpe(write(tmp_path, f"ab{END}\r\nab{END}\r\nab{END}\r\n"), 300, [END], log=None)
+    assert merges[:2] == [(b"a", b"b"), (b"\r", b"\n")]
+    assert not any(b"<" in token or b"|" in token for i, token in vocab.items() if i >= 257)
+
+
+def test_training_stops_early_and_says_so(tmp_path):
+    lines = []
+    vocab, merges = bpe.train_bpe(write(tmp_path, "aaaa aaaa b"), 1000, [], log=lines.append)
+    assert merges == [(b"a", b"a"), (b"aa", b"aa"), (b" ", b"b"), (b" ", b"aaaa")] and len(vocab) == 260
+    assert lines == ["stopped early: no pair is left after 4 merges of 744"]
+    assert bpe.train_bpe(write(tmp_path, "abab"), 256, [], log=None)[1] == []
+
+
+# ---- encoding ----
+
+@pytest.mark.parametrize("how", ["plain", "fast", "encode", "stream"])
+def test_ids_are_tiktokens(how):
+    t, rng = tokenizer(), random.Random(0)
+    t.fast_from = 0
+    for text, ids in zip(STRINGS, ANSWERS["tiktoken"]):
+        got = (t.encode_plain(text) if how == "plain" else fast(t, text) if how == "fast" else t.encode(text)
+               if how == "encode" else list(t.encode_iterable(random_cuts(text, rng), rng.choice((1, 4, 20)))))
+        assert got == ids, repr(text)
+        assert t.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_llama3_and_qwen2_files_encode_as_tokenizers_does(name, tmp_path):
+    t, rng = bpe.Tokenizer.from_file(FIXTURES / f"bpe_{name}.json"), random.Random(1)
+    assert (t.pattern, t.ignore_merges, t.normalize) == (name, name == "llama3", {"llama3": None, "qwen2": "NFC"}[name])
+    t.save(tmp_path / "again.json")
+    again = bpe.Tokenizer.from_file(tmp_path / "again.json")
+    for text, ids in zip(STRINGS, ANSWERS[name]):
+        assert t.encode(text) == again.encode(text) == ids, repr(text)
+        assert list(t.encode_iterable(random_cuts(text, rng), rng.choice((1, 4, 20)))) == ids, repr(text)
+
+
+def test_saved_file_says_what_the_file_of_tokenizers_says(tmp_path):
+    for name in ("llama3", "qwen2"):
+        theirs = json.loads((FIXTURES / f"bpe_{name}.json").read_text())
+        bpe.Tokenizer.from_file(FIXTURES / f"bpe_{name}.json").save(tmp_path / "ours.json")
+        ours = json.loads((tmp_path / "ours.json").read_text())
+        assert ours["added_tokens"] == theirs["added_tokens"] and ours["normalizer"] == theirs["normalizer"]
+        assert ours["pre_tokenizer"]["pretokenizers"][0] == theirs["pre_tokenizer"]["pretokenizers"][0]
+        assert [merge.split(" ") for merge in ours["model"]["merges"]] == theirs["model"]["merges"]
+        assert theirs["model"]["vocab"].items() <= ours["model"]["vocab"].items()
+        assert ours["model"]["ignore_merges"] == theirs["model"]["ignore_merges"]
+
+
+def test_gpt2_files(tmp_path):
+    t = bpe.Tokenizer.from_files(FIXTURES / "bpe_vocab.json", FIXTURES / "bpe_merges.txt", [END])
+    plain = tokenizer([END])
+    assert t.vocab == plain.vocab and t.special_tokens == {END: 556}
+    t.save(tmp_path / "t.json")
+    for text in STRINGS:
+        assert t.encode(text) == plain.encode(text) == bpe.Tokenizer.from_file(tmp_path / "t.json").encode(text)
+
+
+def test_the_longest_special_token_wins_and_later_ones_are_appended():
+    t = tokenizer()
+    one, two, start = (t.special_tokens[s] for s in ANSWERS["special"])
+    assert (one, two, start) == (556, 557, 558) and t.vocab[557] == (END + END).encode()
+    assert t.encode(END * 3) == fast(t, END * 3) == [two, one]
+    assert list(t.encode_iterable(END * 3, 1)) == [two, one]                            # one character at a time
+    assert tokenizer([]).encode(END) == tokenizer([]).encode("<|") + tokenizer([]).encode("endoftext|>")
+
+
+def test_overlapping_and_odd_special_tokens():
+    special, rng = ["aXa", "the", "|>the", "ll", "'s x", "é—", " ", "s"], random.Random(3)
+    t = tokenizer(special)
+    for _ in range(300):
+        text = "".join(rng.choices([*special, "a", "X", "'", "l", " the", "\n", "x", "|", "é"], k=12))
+        ids = t.encode_plain(text)
+        assert ids == fast(t, text) == list(t.encode_iterable(random_cuts(text, rng), rng.choice((1, 5, 9)))), repr(text)
+
+
+@pytest.mark.parametrize("pattern", list(bpe.PATTERNS))
+def test_text_can_be_cut_where_safe_cut_says(pattern):
+    rng, split, cuts = random.Random(4), regex.compile(bpe.PATTERNS[pattern]), 0
+    pieces = [*"ab1'  \n\n\r\t!é字²\u00a0\u3000\u0301", "'s", "'ll", "\r\n", "12"]
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=10))
+        cut = bpe.safe_cut(text.encode(), [])
+        left, right = (half.decode() for half in (text.encode()[:cut], text.encode()[cut:]))
+        assert split.findall(left) + split.findall(right) == split.findall(text), (left, right)
+        cuts += cut > 0
+    assert cuts > 2000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_fast_is_plain_on_random_unicode(seed):
+    rng, t = random.Random(seed), tokenizer()
+    classes = ["\u00a0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\x85\x0b\x0c\x1c\x1d\x1e\x1f \n\t\r", "aZéßжक字𝐀ſ", "0²½١𝟗Ⅷ",
+               ".,'\"!—€😀\u0301\u200d\ufeff\0", "'", "'", " "]
+    for _ in range(150):
+        text = "".join(rng.choice(rng.choice(classes)) if rng.random() < 0.9 else chr(rng.choice((rng.randrange(0xD800),
+                       rng.randrange(0xE000, 0x110000)))) for _ in range(60))
+        assert fast(t, text) == t.encode_plain(text), repr(text)
+
+
+def test_words_are_told_apart_when_their_hashes_are_not(monkeypatch):
+    text = " ".join(f"internationalization{i % 97:03d}" for i in range(3000)) + "=" * 200 + " " * 90 + "-" * 64 + "-" * 65
+    expected = tokenizer().encode_plain(text)
+    assert fast(tokenizer(), text) == expected
+    monkeypatch.setattr(bpe, "MULTIPLIERS", np.zeros(8, np.uint64))                    # every long word has one hash
+    assert fast(tokenizer(), text) == expected
+
+
+def test_tables_that_run_full_start_anew(monkeypatch):
+    monkeypatch.setattr(bpe.FastEncoder, "max_words", 50)
+    monkeypatch.setattr(bpe.Tokenizer, "cache_size", 20)
+    t, plain = tokenizer(), tokenizer()
+    for text in STRINGS:
+        assert fast(t, text) == t.encode_plain(text) == plain.encode_plain(text)
+        assert len(t._cache) <= 20
+    assert len(t.fast.words.lengths) < 200
+
+
+def test_streaming_reads_no_further_than_it_must():
+    taken, t = 0, tokenizer()
+
+    def source():
+        nonlocal taken
+        while True:                                                                     # endless
+            taken += 1
+            yield "It's the same line again.\n"
+    ids = t.encode_iterable(source())
+    for _ in range(50_000):
+        next(ids)
+    assert taken * 26 < 50_000 * 6 + (1 << 17)        # a token has under 6 bytes here; two buffers of 64 kB at most
+
+
+def test_a_very_long_word():
+    word = "".join(random.Random(5).choices("therin", k=3000))
+    t = tokenizer()
+    assert fast(t, word) == t.encode_plain(word) and t.decode(t.encode(word * 3)) == word * 3
+
+
+def test_broken_utf8_decodes_to_replacement_characters():
+    t = tokenizer()
+    assert [t.decode(ids) for ids in ANSWERS["broken"]] == ANSWERS["broken_text"]
+    assert t.encode("") == [] and t.decode([]) == "" and fast(t, "") == []
+
+
+# ---- files ----
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_535, np.uint16), (65_536, np.uint16), (65_537, np.uint32)])
+def test_encode_file_at_the_border_of_16_bits(vocab_size, dtype, tmp_path):
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in MERGES]
+    tokens += [b"\xff%d" % i for i in range(vocab_size - 1 - len(tokens))]              # filler that no text contains
+    t = bpe.Tokenizer(dict(enumerate(tokens)), MERGES, [END])
+    path = write(tmp_path, ANSWERS["text"])
+    assert bpe.encode_file(t, path, tmp_path / "ids.npy", 1) == len(t.encode_plain(ANSWERS["text"]))
+    ids = np.load(tmp_path / "ids.npy", mmap_mode="r")
+    assert ids.dtype == dtype and ids.max() == vocab_size - 1 and ids.tolist() == t.encode_plain(ANSWERS["text"])
+    np.save(tmp_path / "again.npy", ids)
+    assert (tmp_path / "again.npy").read_bytes() == (tmp_path / "ids.npy").read_bytes()
+
+
+def test_encode_file_in_parallel_and_in_chunks(tmp_path, monkeypatch):
+    text, t = ANSWERS["text"] + "".join(STRINGS) * 3, tokenizer()
+    path = write(tmp_path, text)
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 12)
+    for processes in (1, 2):
+        bpe.encode_file(t, path, tmp_path / "ids.npy", processes)
+        assert np.load(tmp_path / "ids.npy").tolist() == t.encode_plain(text)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "text.txt"]
+
+
+def test_a_file_that_turns_out_not_to_be_utf8_leaves_the_old_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 12)
+    path = write(tmp_path, ANSWERS["text"].encode() + b"\xe9t\xe9" + ANSWERS["text"].encode())
+    (tmp_path / "ids.npy").write_bytes(b"old")
+    offset = len(ANSWERS["text"].encode())
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=rf"not UTF-8: byte 0xe9 at offset {offset}"):
+            bpe.encode_file(tokenizer(), path, tmp_path / "ids.npy", processes)
+    with pytest.raises(ValueError, match=f"offset {offset}"):
+        bpe.train_bpe(path, 300, [END], log=None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.npy", "text.txt"]
+    assert (tmp_path / "ids.npy").read_bytes() == b"old"
+
+
+# ---- bad input ----
+
+@pytest.mark.parametrize("call, message", [
+    (lambda f: bpe.train_bpe(f, 256, [END]), "vocab_size 256 is too small"),
+    (lambda f: bpe.train_bpe(f, 300, [""]), "non-empty"),
+    (lambda f: bpe.train_bpe(f, 300, ["a", "a"]), "different"),
+    (lambda f: bpe.train_bpe(f, 300, END), "must be a list"),
+    (lambda f: bpe.train_bpe(f, 300, ["<e>", "<e><e>"]), "'<e>' is part of '<e><e>'"),
+    (lambda f: tokenizer().encode("a\ud800b"), "surrogates"),
+    (lambda f: tokenizer().encode("a\ud800b" * 5000), "surrogates"),
+    (lambda f: tokenizer().decode([999_999]), "not in the vocabulary of 559 tokens: missing 999999"),
+    (lambda f: tokenizer().decode([-1]), "not in the vocabulary"),
+    (lambda f: bpe.Tokenizer({0: b"a"}, []), "needs all 256 bytes"),
+    (lambda f: bpe.Tokenizer(dict(enumerate(bytes([i]) for i in range(256))), [(b"a", b"b")]), "missing b'ab'"),
+    (lambda f: tokenizer(pattern="gpt5"), "gpt2, llama3, qwen2"),
+    (lambda f: bpe.Tokenizer.from_file(f), "is no tokenizer.json"),
+    (lambda f: bpe.Tokenizer.from_files(f, f), "are no vocab.json and merges.txt")])
+def test_mistakes_get_one_clear_line(call, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        call(write(tmp_path, "some text"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d.pop("model"), lambda d: d["model"].pop("vocab"), lambda d: d["model"].update(merges=[["a"]]),
+    lambda d: d["model"].update(merges=[["zzz", "q"]]), lambda d: d["model"]["vocab"].update({"€": 9999}),
+    lambda d: d["model"].update(byte_fallback=True), lambda d: d["added_tokens"][0].update(lstrip=True),
+    lambda d: d["pre_tokenizer"]["pretokenizers"][0]["pattern"].update(Regex=r"\w+"), lambda d: d.update(pre_tokenizer=None),
+    lambda d: d.update(normalizer={"type": "Lowercase"}), lambda d: d.update(model=[1]), lambda d: d["model"].update(vocab={"a": 0})])
+def test_foreign_tokenizer_files_are_refused(change, tmp_path):
+    document = json.loads((FIXTURES / "bpe_qwen2.json").read_text())
+    change(document)
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="is no tokenizer.json of a byte-level BPE that can be read") as caught:
+        bpe.Tokenizer.from_file(tmp_path / "t.json")
+    assert "\n" not in str(caught.value)
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(HERE.parent / "bpe.py"), *words], cwd=folder, capture_output=True, timeout=60)
+
+
+def test_command_line_there_and_back(tmp_path):
+    text = ANSWERS["text"] + "\r\nlast"
+    write(tmp_path, text)
+    assert command(tmp_path, "train", "--input", "text.txt", "--vocab-size", "400", "--out", "t.json").returncode == 0
+    encoded = command(tmp_path, "encode", "--tokenizer", "t.json", "--input", "text.txt", "--out", "ids.npy")
+    assert encoded.returncode == 0 and b"tokens from" in encoded.stdout
+    decoded = command(tmp_path, "decode", "--tokenizer", "t.json", "--input", "ids.npy")
+    assert decoded.stdout == text.encode()
+    looked = command(tmp_path, "inspect", "--tokenizer", "t.json", "--input", "text.txt").stdout.decode()
+    assert "400 tokens" in looked and "bytes a token" in looked
+
+
+@pytest.mark.parametrize("words, content", [
+    ("train --input text.txt --out x", None), ("train --input text.txt --out x", b""),
+    ("train --input text.txt --out x", bytes(range(256))), ("train --input text.txt --vocab-size 200 --out x", b"abc"),
+    ("train --input text.txt --special a --special a --out x", b"abc"), ("train --out x", b"abc"),
+    ("encode --tokenizer text.txt --input text.txt --out x", b"abc"), ("decode --tokenizer t.json --input text.txt --out x", b"abc")])
+def test_command_line_mistakes_exit_with_2_and_write_nothing(words, content, tmp_path):
+    tokenizer().save(tmp_path / "t.json")
+    if content is not None:
+        write(tmp_path, content)
+    before = sorted(p.name for p in tmp_path.iterdir())
+    done = command(tmp_path, *words.split())
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr.startswith(b"bpe.py: ") and done.stderr.count(b"\n") == 1, done.stderr.decode()
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_walk_through_and_self_check(tmp_path):
+    done = command(tmp_path)
+    assert done.returncode == 0 and done.stdout.endswith(b"OK\n") and list(tmp_path.iterdir()) == []
