@@ -201,6 +201,24 @@ def store_tile(x, strides, tile, batch, head, row, length,
 
 
 @jit
+def find_line(x, line, length, TMA: tl.constexpr):
+    """Where line `line` of a (lines, length) tensor starts; a descriptor takes the line as a coordinate instead."""
+    if TMA:
+        return x
+    else:
+        return x + line.to(tl.int64) * length
+
+
+@jit
+def load_rows(x, line, row, rows, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """Numbers [row, row + ROWS) of a line from find_line, (ROWS,); `rows` are their indices."""
+    if TMA:
+        return x.load([line, row]).reshape(ROWS)
+    else:
+        return tl.load(x + rows)
+
+
+@jit
 def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) or (1, BLOCK_N): which scores of the tile at (row, col) count."""
     cols = col + tl.arange(0, BLOCK_N)
@@ -258,31 +276,54 @@ def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_st
 
 
 @jit
-def delta_kernel(o_at, o_strides, do_at, do_strides, L, stats, D_offset, H, T, T_padded,
-                 K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr):
-    """D = rowsum(dO * O), and L in units of log2, padded to whole tiles. A padding row gets L = inf, which makes its
-    P = exp(S - L) zero, so that the two kernels below need no mask for the last tile of queries."""
-    tiles = T_padded // BLOCK_M
-    row = tl.program_id(0) % tiles * BLOCK_M
-    batch_head = tl.program_id(0) // tiles
-    o = load_tile(o_at, o_strides, batch_head // H, batch_head % H, row, T, BLOCK_M, K, BLOCK_K, False)
-    do = load_tile(do_at, do_strides, batch_head // H, batch_head % H, row, T, BLOCK_M, K, BLOCK_K, False)
-    rows = row + tl.arange(0, BLOCK_M)
-    lse = tl.load(L + batch_head.to(tl.int64) * T + rows, mask=rows < T, other=float("inf"))
-    at = stats + batch_head.to(tl.int64) * T_padded + rows
-    tl.store(at, lse * 1.4426950408889634)
-    tl.store(at + D_offset, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1))
+def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, o_at, o_strides, dq_at, dq_strides,
+              L, stats, lines, scale, scale_log2, one, H, T, T_padded, S,
+              GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
+              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dQ for one tile of queries: Algorithm 2 without dK and dV, in the forward kernel's loop and order.
+
+    It runs first, and leaves each row's L (in log2) and D in `stats` (2 * lines, T_padded) for dkdv_kernel.
+    """
+    tiles = tl.cdiv(T, BLOCK_M)
+    row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
+    batch = tl.program_id(0) // tiles // H
+    head = tl.program_id(0) // tiles % H
+    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    if q.dtype != tl.float32:          # into registers, as in forward_kernel: from 0.73 to 0.63 ms at K = 128
+        q = (q.to(tl.float32) * one).to(q.dtype)
+    do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    o = load_tile(o_at, o_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                         # line 4
+    line, rows = batch * H + head, row + tl.arange(0, BLOCK_M)
+    lse = tl.load(L + line.to(tl.int64) * T + rows, mask=rows < T, other=0.0) * 1.4426950408889634
+    tl.store(stats + line.to(tl.int64) * T_padded + rows, lse)
+    tl.store(stats + (line + lines).to(tl.int64) * T_padded + rows, delta)
+    dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
+            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 10
+            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            dp = tl.dot(do, v.T, input_precision=PRECISION)                         # line 13
+            p = tl.exp2(s * scale_log2 - lse[:, None])                              # line 11
+            if MASKED:
+                p = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
+            ds = p * (dp - delta[:, None])                                          # line 14, scaled once at the end
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)           # line 15
+    store_tile(dq_at, dq_strides, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
 
 
 @jit
 def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, dk_at, dk_strides, dv_at,
-                dv_strides, stats, D_offset, scale, scale_log2, H, T, T_padded, S,
+                dv_strides, stats, lines, scale, scale_log2, H, T, T_padded, S,
                 GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dK and dV for one tile of keys of one key head, summed over the GROUP query heads that share it: Algorithm 2.
 
     Scores are transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T come out of one product in the registers where the
-    next one wants them. Keys beyond S make rows that are never stored. The first tiles have the most work.
+    next one wants them. Queries beyond T need no mask: their Q, dO, L and D are zero, and so is what they add. Keys
+    beyond S make rows that are never stored.
     """
     tiles = tl.cdiv(S, BLOCK_N)
     col = tl.program_id(0) % tiles * BLOCK_N
@@ -298,57 +339,26 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
         full = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M), tl.cdiv(T, BLOCK_M)) * BLOCK_M
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        stats_at = stats + (batch * H + head).to(tl.int64) * T_padded
+        line = batch * H + head
+        lse_at = find_line(stats, line, T_padded, TMA and BLOCK_M <= 64)
+        delta_at = find_line(stats, line + lines, T_padded, TMA and BLOCK_M <= 64)
         for UNMASKED in tl.static_range(0 if CAUSAL else 1, 2):
             for row in tl.range(full if UNMASKED else first, T if UNMASKED else full, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
                 q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-                lse = tl.load(stats_at + rows)
+                lse = load_rows(lse_at, line, row, rows, BLOCK_M, TMA and BLOCK_M <= 64)
                 sT = tl.dot(k, q.T, input_precision=PRECISION)                      # line 10
                 pT = tl.exp2(sT * scale_log2 - lse[None, :])                        # line 11
                 if not UNMASKED:
                     pT = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= rows[None, :], pT, 0.0)
                 do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
                 dpT = tl.dot(v, do.T, input_precision=PRECISION)                    # line 13
-                delta = tl.load(stats_at + D_offset + rows)
+                delta = load_rows(delta_at, line + lines, row, rows, BLOCK_M, TMA and BLOCK_M <= 64)
                 dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=PRECISION)     # line 12
                 dsT = pT * (dpT - delta[None, :])                                   # line 14, scaled once at the end
                 dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)      # line 16
     store_tile(dv_at, dv_strides, dv, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
     store_tile(dk_at, dk_strides, dk * scale, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
-
-
-@jit
-def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, dq_at, dq_strides,
-              stats, D_offset, scale, scale_log2, one, H, T, T_padded, S,
-              GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
-              PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dQ for one tile of queries: the forward kernel's loop and order, the scores and dP computed once more."""
-    tiles = tl.cdiv(T, BLOCK_M)
-    row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    batch = tl.program_id(0) // tiles // H
-    head = tl.program_id(0) // tiles % H
-    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-    if q.dtype != tl.float32:          # into registers, as in forward_kernel: from 0.73 to 0.63 ms at K = 128
-        q = (q.to(tl.float32) * one).to(q.dtype)
-    do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-    stats_at = stats + (batch * H + head).to(tl.int64) * T_padded + row + tl.arange(0, BLOCK_M)
-    lse = tl.load(stats_at)
-    delta = tl.load(stats_at + D_offset)
-    dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):
-        for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
-            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
-            s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 10
-            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
-            dp = tl.dot(do, v.T, input_precision=PRECISION)                         # line 13
-            p = tl.exp2(s * scale_log2 - lse[:, None])                              # line 11
-            if MASKED:
-                p = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
-            ds = p * (dp - delta[:, None])                                          # line 14, scaled once at the end
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)           # line 15
-    store_tile(dq_at, dq_strides, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -401,6 +411,8 @@ def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descripto
     T, S = (min(triton.next_power_of_2(x.shape[-2]), 16384) for x in (q, k))
     key = (kernel, T, S, q.shape[-1], q.shape[1] // k.shape[1], q.dtype, is_causal, descriptors, q.device)
     tiles = _tiles(kernel, q.shape[-1], q.dtype, descriptors)
+    if len(tiles) == 1:
+        return launch(tiles[0])
     if key not in _fastest:
         if torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up before capturing
             return launch(tiles[0])
@@ -504,37 +516,35 @@ def _(q, k, v, is_causal):
 @torch.library.custom_op("flash_attn_triton::backward", mutates_args=())
 def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor,
                    is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV from what the forward pass saved: one small kernel for D, then one for each side."""
+    """dQ, dK, dV from what the forward pass saved: one kernel for each side."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do.to(q.dtype))
     dq4, dk4, dv4 = _fold(dq), _fold(dk), _fold(dv)
     (B, H, T, K), (G, S), scale = q.shape, k.shape[1:3], q.shape[-1]**-0.5
     T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
-    stats = q.new_empty((2, B, H, T_padded), dtype=torch.float32)                   # L in log2, and D
-    descriptors = _descriptors_fit(q, k, v, do, dq4, dk4, dv4)
+    stats = q.new_zeros((2 * B * H, T_padded), dtype=torch.float32)                 # per head a line of L, one of D
+    descriptors = _descriptors_fit(q, k, v, o, do, dq4, dk4, dv4)
 
-    def both_sides(tile: Tile) -> list:
+    def inputs(tile: Tile) -> list:
         return [x for tensor, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))
                 for x in _operand(tensor, rows, descriptors)]
 
-    def launch_dkdv(tile: Tile) -> None:
-        dkdv_kernel[(triton.cdiv(S, tile.n) * B * G,)](
-            *both_sides(tile), *_operand(dk4, tile.n, descriptors), *_operand(dv4, tile.n, descriptors),
-            stats, B * H * T_padded, scale, scale * LOG2_E, H, T, T_padded, S,
-            **_constants(q, k, is_causal, descriptors, tile))
-
     def launch_dq(tile: Tile) -> None:
         dq_kernel[(triton.cdiv(T, tile.m) * B * H,)](
-            *both_sides(tile), *_operand(dq4, tile.m, descriptors),
-            stats, B * H * T_padded, scale, scale * LOG2_E, 1.0, H, T, T_padded, S,
-            **_constants(q, k, is_causal, descriptors, tile))
+            *inputs(tile), *_operand(o, tile.m, descriptors), *_operand(dq4, tile.m, descriptors), L, stats, B * H,
+            scale, scale * LOG2_E, 1.0, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
+
+    def launch_dkdv(tile: Tile) -> None:
+        lines = stats
+        if descriptors and tile.m <= 64:       # fewer numbers than threads: plain loads would fetch each many times
+            lines = TensorDescriptor(stats, list(stats.shape), [T_padded, 1], [1, tile.m])
+        dkdv_kernel[(triton.cdiv(S, tile.n) * B * G,)](
+            *inputs(tile), *_operand(dk4, tile.n, descriptors), *_operand(dv4, tile.n, descriptors), lines, B * H,
+            scale, scale * LOG2_E, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
 
     with torch.cuda.device(q.get_device()):
-        delta_kernel[(T_padded // 32 * B * H,)](
-            *_operand(o, 32, False), *_operand(do, 32, False), L, stats, B * H * T_padded, H, T, T_padded,
-            K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_M=32)
-        _start("dkdv", launch_dkdv, q, k, is_causal, descriptors)
         _start("dq", launch_dq, q, k, is_causal, descriptors)
+        _start("dkdv", launch_dkdv, q, k, is_causal, descriptors)
     return dq, dk, dv
 
 
