@@ -13,9 +13,15 @@ Deviations: 1. The buckets stay in reverse registration order; torch's DDP reord
                itself, so it costs no extra message, and a host sync only on a rank that did not use the parameter.
             3. Buffers are broadcast once, at the start, not before each forward.
 Copy:       this file alone; needs torch. MIT.
-Run:        python ddp.py                                                     two ranks on this CPU, explained
-            python ddp.py --bench                                             two ranks on this CPU, timed
-            torchrun --nproc-per-node 4 ddp.py --bench                        one rank a GPU: collectives, then DDP
+Run:        python ddp.py                                    two ranks on this CPU, explained; of what it prints:
+              rank 0 reduce-scatter sends chunk 0, gets chunk 1: [1.0, 2.0, 33.0, 44.0]
+              rank 1 reduce-scatter sends chunk 1, gets chunk 0: [11.0, 22.0, 30.0, 40.0]
+              5.weight arrives
+              4.bias arrives
+              2.bias arrives
+                 bucket 0 leaves
+            python ddp.py --bench                            two ranks on this CPU, timed
+            torchrun --nproc-per-node 4 ddp.py --bench       one rank a GPU: the collectives, then a training step
 """
 import argparse
 import contextlib

@@ -9,12 +9,16 @@ What:       per parameter, fp32 training with Adam holds 4 bytes of weight, 4 of
 Source:     Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, sections 3 and 5; Zhao et al. 2023, "PyTorch FSDP",
             arXiv:2304.11277, sections 3.2 and 3.3 (communication order, prefetch, freeing).
 Deviations: 1. Stage 1 gives whole parameters to ranks, balanced greedily by size, instead of cutting one flat vector:
-               so it fits any optimizer that updates one parameter at a time (Muon too).
-            2. FSDP cuts every parameter by itself, not a layer's flattened together: so the gather writes each weight
-               where it is used, and the reduce-scatter reads each gradient where it was made, with no copy between.
+               so it fits any optimizer class that updates one parameter at a time.
+            2. FSDP cuts each parameter by itself, not a layer's flattened together: the gather writes each weight where
+               it is used, the reduce-scatter reads each gradient where it was made, with no copy between.
             3. One-dimensional parameters (norms, biases) stay whole on every rank: a thousandth of the bytes.
 Copy:       this file alone; needs torch. MIT.
-Run:        python sharded_optim.py                                         two ranks on this CPU, explained
+Run:        python sharded_optim.py                                         two ranks on this CPU, explained; the end:
+              FSDP                                                    62,464    62,976
+              FSDP, at most beside it: two units' weights             24,576    24,576
+              check: ZeRO-1 = plain data parallelism after 3 steps, to 0.0e+00  OK
+              check: FSDP = plain data parallelism after 3 steps, to 0.0e+00  OK
             python sharded_optim.py --bench                                 two ranks on this CPU, timed
             torchrun --nproc-per-node 4 sharded_optim.py --bench            one rank a GPU, beside torch's own
 """
@@ -25,6 +29,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
@@ -87,13 +92,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._rounds: list[tuple[int, list[Tensor], torch.optim.Optimizer]] = []    # group, parameters, inner
         super().__init__(params, kwargs)                                       # calls add_param_group
 
-    @property
-    def state(self) -> dict:
-        return {p: s for _, _, inner in self._rounds for p, s in inner.state.items()}
-
-    @state.setter
-    def state(self, value) -> None:                                            # torch's constructor sets an empty one
-        pass
+    # torch's constructor sets an empty one, hence the setter
+    state = property(lambda self: {p: s for _, _, inner in self._rounds for p, s in inner.state.items()},
+                     lambda self, value: None)
 
     def add_param_group(self, param_group: dict) -> None:
         """Shares the group out: largest first, each to the rank that owns least. All ranks come to the same result."""
@@ -126,9 +127,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for _, parameters, inner in self._rounds:
             inner.step()
             in_flight += [_broadcast(p, self.owner[p], async_op=True) for p in parameters if p.requires_grad]
-        for work in in_flight:
-            if work is not None:
-                work.wait()
+        for work in filter(None, in_flight):
+            work.wait()
         for g, _, inner in self._rounds:                                       # some optimizers count in the group
             self.param_groups[g].update(_options(inner.param_groups[0]))
         return loss
@@ -154,8 +154,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if entry is not None and rank in (None, self._rank):
                 whole[i] = entry
         index = {p: i for i, p in enumerate(parameters)}
-        return {"state": whole, "param_groups": [{**_options(group), "params": [index[p] for p in group["params"]]}
-                                                 for group in self.param_groups]}
+        groups = [{**_options(group), "params": [index[p] for p in group["params"]]} for group in self.param_groups]
+        return {"state": whole, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes what state_dict() gave, on any number of ranks, or a plain optimizer's: all ranks load the same whole.
@@ -169,7 +169,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
 
 def _options(group: dict) -> dict:
-    return {key: value for key, value in group.items() if key != "params"}
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
 
 def _copied(state_dict: dict) -> dict:
@@ -204,7 +204,7 @@ class _Shard:
 
 
 class _Call:
-    """One forward of a unit: what of its backward is still to come."""
+    """One forward of a unit. missing: what of its backward is still to come."""
 
     def __init__(self, missing: set):
         self.missing = missing
@@ -324,18 +324,17 @@ def _all_gather(whole: Tensor, mine: Tensor, async_op: bool = True) -> dist.Work
 class FSDP(nn.Module):
     """Fully sharded data parallelism: a rank keeps 1/N of every weight matrix, of its gradient and its optimizer state.
 
-    Args:
-        module: the same on every rank, on this rank's device; its values become rank 0's.
-        compute_dtype: in which weights are gathered and used (torch.bfloat16, say); None: the one that they have.
-        reduce_dtype: in which gradients are summed over the ranks; what arrives in .grad is float32 either way.
+    Args: module, on this rank's device; its values become rank 0's. compute_dtype: in which weights are gathered and
+    used (torch.bfloat16, say), and float inputs cast; None: the one that they have. reduce_dtype: in which gradients
+    are summed; what arrives in .grad is float32 either way.
     Parameters of two or more dimensions become flat float32 shards, padded to one size on all ranks. The Parameter
     objects and names stay: build the optimizer afterwards, but sort parameters into groups by p.dim() before.
     A step:  loss_fn(fsdp(x), y).backward(); fsdp.finish_gradient_synchronization(); optimizer.step()
 
-    What is gathered together is an entry of an nn.ModuleList or nn.Sequential, or else a module that owns a weight. The
+    What is gathered together is an entry of an nn.ModuleList or nn.Sequential, or else a module that owns a weight; the
     next one's gather runs beside this one's computation, forward and backward. Call them as modules, in one order on
-    all ranks, evaluation too; gathered() gives a weight that is used outside its module. Float inputs are cast to
-    compute_dtype. Compile with `block.forward = torch.compile(block.forward)`; checkpoint with use_reentrant=False.
+    all ranks, evaluation too; gathered() gives a weight that is used outside its module.
+    Compile with `block.forward = torch.compile(block.forward)`; checkpoint with use_reentrant=False.
     Raises: ValueError if torch.distributed is not running, or a parameter is on a device the backend cannot reach.
     Source: arXiv:2304.11277, sections 3.2 and 3.3.
     """
@@ -619,59 +618,52 @@ def bytes_held(parameters: int, world_size: int, stage: int, weight=4, gradient=
                          3: (weight + gradient + state) / world_size}[stage]
 
 
-class _Model(nn.Module):
-    """Embedding, blocks, head; returns the loss of predicting each token from those around it."""
+def _model(width: int, layers: int, vocab_size: int) -> nn.Sequential:
+    blocks = {f"layer {i}": nn.TransformerEncoderLayer(width, max(1, width // 128), 4 * width, 0.0, batch_first=True,
+                                                       norm_first=True, bias=False) for i in range(layers)}
+    return nn.Sequential(OrderedDict(embedding=nn.Embedding(vocab_size, width), **blocks,
+                                     head=nn.Linear(width, vocab_size, bias=False)))
 
-    def __init__(self, width: int, layers: int, vocab_size: int):
-        super().__init__()
-        self.embeddings = nn.Embedding(vocab_size, width)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(
-            width, max(1, width // 128), 4 * width, 0.0, batch_first=True, norm_first=True, bias=False)
-            for _ in range(layers))
-        self.head = nn.Linear(width, vocab_size, bias=False)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embeddings(ids)
-        for block in self.layers:
-            x = block(x)
-        return nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), ids.roll(-1, 1).flatten())
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, average=lambda model: None) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
+    model.finish_gradient_synchronization() if isinstance(model, FSDP) else average(model)
+    optimizer.step()
+
+
+def _average(model: nn.Module) -> None:
+    for p in model.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
 
 
 def _explain(rank: int, world_size: int) -> None:
     say = print if rank == 0 else lambda *_, **__: None
     batches = torch.randint(50, (3, world_size, 2, 9), generator=torch.Generator().manual_seed(0))
 
-    def train(wrap=lambda m: m, optimizer_cls=torch.optim.AdamW):
+    def train(wrap=lambda m: m, make=torch.optim.AdamW):
         """Three steps. Returns the wrapped model, the optimizer, and the bytes that this rank holds then."""
         torch.manual_seed(0)
-        wrapped = wrap(_Model(16, 2, 50))
-        optimizer = optimizer_cls(wrapped.parameters())
-        for step, batch in enumerate(batches):
-            if isinstance(wrapped, FSDP):
-                wrapped.log = (lambda event, unit: say(f"   {event:15s}{unit}")) if step == 1 else None
-            optimizer.zero_grad()
-            wrapped(batch[rank]).backward()
-            if isinstance(wrapped, FSDP):
-                wrapped.finish_gradient_synchronization()
-            else:
-                for p in wrapped.parameters():
-                    dist.all_reduce(p.grad)
-                    p.grad /= world_size
-            optimizer.step()
-        held = [t for p in wrapped.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values()) if t.dim()]
-        return wrapped, optimizer, sum({t.data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+        model = wrap(_model(16, 2, 50))
+        optimizer = make(model.parameters())
+        for i, batch in enumerate(batches):
+            model.log = (lambda event, unit: say(f"   {event:15s}{unit}")) if i == 1 else None
+            _step(model, optimizer, batch[rank], _average)
+        held = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state.get(p, {}).values()) if t.dim()]
+        return model, optimizer, sum({t.data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
     plain, _, plain_bytes = train()
     say("1. Stage 1: who keeps whose moments, balanced by size")
-    zero, optimizer, zero_bytes = train(optimizer_cls=lambda ps: ShardedOptimizer(ps, torch.optim.AdamW))
+    zero, optimizer, zero_bytes = train(make=lambda ps: ShardedOptimizer(ps, torch.optim.AdamW))
     for r in range(world_size):
-        owned = [name for name, p in zero.named_parameters() if optimizer.owner[p] == r]
-        say(f"   rank {r}, {optimizer._elements[r]:,} elements: {', '.join(owned)}")
+        owned = [name for name, p in zero.named_parameters() if optimizer.owner[p] == r and p.dim() > 1]
+        say(f"   rank {r}, {optimizer._elements[r]:,} elements: norms, {', '.join(owned)}")
     say("2. Stage 3: a step on rank 0. The next unit is gathered before this one computes; the head, last in forward\n"
         "   and first in backward, is kept; an embedding's backward needs no weight")
     fsdp, _, fsdp_bytes = train(FSDP)
     say("3. Bytes held between steps by rank 0 (AdamW, fp32)     predicted  measured")
     P = sum(p.numel() for p in plain.parameters())
-    pair = max(a.bytes + b.bytes for a, b in zip(fsdp._units, fsdp._units[1:]))
+    pair = max(a.bytes + b.bytes for a, b in zip(fsdp._order, fsdp._order[1:]))
     for name, predicted, measured in [("plain data parallelism", bytes_held(P, world_size, 0), plain_bytes),
                                       ("ZeRO-1", bytes_held(P, world_size, 1), zero_bytes),
                                       ("FSDP", bytes_held(P, world_size, 3), fsdp_bytes),
@@ -720,50 +712,40 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
     options = dict(lr=1e-4, fused=cuda)
 
     def fully_sharded(model: nn.Module) -> nn.Module:
-        for m in [*model.layers, model.embeddings, model.head, model]:
+        for m in [*model, model]:
             fully_shard(m, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low))
         return model
     replicated = lambda m: nn.parallel.DistributedDataParallel(m.to(low or torch.float32), gradient_as_bucket_view=True)
     adamw = lambda ps: torch.optim.AdamW(ps, **options)
-    for name, stage, wrap, make in [
-            ("torch DDP, AdamW", 0, replicated, adamw),
-            ("  ZeroRedundancyOptimizer", 1, replicated,
-             lambda ps: ZeroRedundancyOptimizer(ps, torch.optim.AdamW, **options)),
-            ("  ShardedOptimizer", 1, replicated, lambda ps: ShardedOptimizer(ps, torch.optim.AdamW, **options)),
-            ("torch fully_shard, AdamW", 3, fully_sharded, adamw),
-            ("FSDP, AdamW", 3, lambda m: FSDP(m, low, low or torch.float32), adamw)]:
+    sharded = lambda cls: lambda ps: cls(ps, torch.optim.AdamW, **options)
+    for name, stage, wrap, make in [("torch DDP, AdamW", 0, replicated, adamw),
+                                    ("  ZeroRedundancyOptimizer", 1, replicated, sharded(ZeroRedundancyOptimizer)),
+                                    ("  ShardedOptimizer", 1, replicated, sharded(ShardedOptimizer)),
+                                    ("torch fully_shard, AdamW", 3, fully_sharded, adamw),
+                                    ("FSDP, AdamW", 3, lambda m: FSDP(m, low, low or torch.float32), adamw)]:
         base = torch.cuda.memory_allocated() if cuda else 0
         with torch.device(device):
-            model = _Model(width, layers, args.vocab)
-        wrapped = wrap(model)
-        if stage == 0:
-            P, units = sum(p.numel() for p in model.parameters()), [model.embeddings, model.layers[0]]
-            whole = sum(p.numel() for m in units for p in m.parameters())
-            if rank == 0:
-                print(f"{dist.get_backend()} | N = {world_size} | {P / 1e6:.0f} M parameters, width {width}, "
-                      f"{layers} layers, {B} x {T} tokens a rank")
-                print(f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
-        optimizer = make(wrapped.parameters())
-
-        def step(ids: Tensor) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            wrapped(ids).backward()
-            if isinstance(wrapped, FSDP):
-                wrapped.finish_gradient_synchronization()
-            optimizer.step()
+            model = _model(width, layers, args.vocab)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in model]
+        model = wrap(model)
+        optimizer = make(model.parameters())
+        if rank == 0 and stage == 0:
+            print(f"{dist.get_backend()} | N = {world_size} | {sum(sizes) / 1e6:.0f} M parameters, width {width}, "
+                  f"{layers} layers, {B} x {T} tokens a rank")
+            print(f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
         for _ in range(2):                                                     # the first one makes the moments
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            step(torch.randint(args.vocab, (1, 64), device=device))
+            _step(model, optimizer, torch.randint(args.vocab, (1, 64), device=device))
         peak = f"{(torch.cuda.max_memory_allocated() - base) / 1e9:9.2f}" if cuda else f"{'-':>9s}"
         # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
-        held = bytes_held(P, world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
-        predicted = (held + (whole * (4 if cuda else 8) if stage == 3 else 0)) / 1e9
+        held = bytes_held(sum(sizes), world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
+        predicted = (held + (sum(sizes[:2]) * (4 if cuda else 8) if stage == 3 else 0)) / 1e9
         ids = torch.randint(args.vocab, (B, T), device=device)
-        seconds, spread = _median_seconds(lambda: step(ids), device, args.repeats)
+        seconds, spread = _median_seconds(lambda: _step(model, optimizer, ids), device, args.repeats)
         if rank == 0:
             print(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {peak} {predicted:9.2f}", flush=True)
-        del model, wrapped, optimizer, step
+        del model, optimizer
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
