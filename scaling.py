@@ -24,6 +24,7 @@ import sqlite3
 import sys
 import threading
 import time
+import timeit
 import urllib.request
 import warnings
 from collections import namedtuple
@@ -140,9 +141,8 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
     def evaluate(theta):
         a, b, e, alpha, beta = theta.T[:, :, None]
         terms = np.stack([a - alpha * u, b - beta * v, e + 0 * u])       # (3, S, n) logs of the terms of L
-        total = np.logaddexp.reduce(terms)                               # Chinchilla, equation 3
-        share = np.exp(terms - total)                                    # d log L / d log term
-        r, size = total - y, np.abs(total - y)
+        r = np.logaddexp.reduce(terms) - y                               # Chinchilla, equation 3
+        share, size = np.exp(terms - (r + y)), np.abs(r)                 # share: d log L / d log term
         huber = np.where(size <= delta, r * r / 2, delta * (size - delta / 2))
         jacobian = np.stack([*share, -u * share[0], -v * share[1]], -1)  # (S, n, 5)
         return (weight * huber).sum(1) / weight.sum(1), r, jacobian
@@ -202,9 +202,10 @@ def compare(N, C, loss, picture: Path | None = None) -> dict:
     law, best = fit_parametric(N, C / (6 * N), loss, bootstrap=200), found["parabola"]
     print("budget    N:loss of each run, * the lowest; vertex of the parabola")
     for budget, vertex, value in zip(best.C, best.N, best.loss):
-        same = np.isclose(C, budget, 1e-5)
-        cells = [f"{n:9.3g}:{y:.3f}{'*' if y == loss[same].min() else ' '}" for n, y in sorted(zip(N[same], loss[same]))]
-        print(f"{budget:8.3g} {''.join(cells)} vertex {vertex:.3g}:{value:.3f}")
+        same, line = np.isclose(C, budget, 1e-5), f"{budget:8.3g} "
+        for n, y in sorted(zip(N[same], loss[same])):
+            line += f"{n:9.3g}:{y:.3f}{'*' if y == loss[same].min() else ' '}"
+        print(f"{line} vertex {vertex:.3g}:{value:.3f}")
     print("".join(f"note: {note}\n" for note in best.notes) + "\napproach     N_opt ~ C^a   D_opt ~ C^(1-a)"
           "    N, loss at 10x the largest budget       at 100x")
     far, rows = C.max() * np.array([10, 100]), {"parametric": (law.beta / (law.alpha + law.beta), math.nan)}
@@ -228,19 +229,17 @@ def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return "no picture: pip install matplotlib draws one"
-    figure = Figure(figsize=(11, 4.2), layout="tight")
-    left, right = figure.subplots(1, 2)
+    left, right = (figure := Figure(figsize=(11, 4.2), layout="tight")).subplots(1, 2)
     for i, budget in enumerate(best.C):
         n, y = N[np.isclose(C, budget, 1e-5)], loss[np.isclose(C, budget, 1e-5)]
         grid = np.geomspace(n.min(), n.max())
-        left.semilogx(n, y, f"C{i}o", grid, law(grid, budget / (6 * grid)), f"C{i}-", label=f"{budget:.2g} FLOPs")
+        left.semilogx(n, y, f"C{i}o", grid, law(grid, budget / (6 * grid)), f"C{i}-")
     left.semilogx(best.N, best.loss, "k*")
     wide = np.geomspace(best.C.min(), best.C.max() * 100)
-    for i, (name, vertices, line) in enumerate(zip(("N_opt", "D_opt"), (best.N, best.D), law.optimal(wide))):
-        right.loglog(best.C, vertices, f"C{i}o", wide, line, f"C{i}-", label=name)
-    left.set(xlabel="parameters N", ylabel="loss (nats a token)", title="runs, parametric fit, * vertices of parabolas")
-    right.set(xlabel="compute C (FLOPs)", title="best size and data: vertices, parametric fit")
-    left.legend(), right.legend()
+    for color, vertices, line in (("C0", best.N, law.optimal(wide)[0]), ("C1", best.D, law.optimal(wide)[1])):
+        right.loglog(best.C, vertices, color + "o", wide, line, color + "-")
+    left.set(xlabel="N", ylabel="loss (nats a token)", title="runs of each budget, parametric fit, * vertices")
+    right.set(xlabel="C (FLOPs)", title="N_opt (blue), D_opt (orange): vertices, parametric fit")
     figure.savefig(path, dpi=130)
     return f"picture: {path}"
 
@@ -270,7 +269,7 @@ def walk_through(seed: int = 0) -> None:
         print(f"  {a.mean():.3f} +- {a.std():.3f}  {name}")
 
 
-# ----------------------------------------------------------------------------------------------- 3. what may be asked for
+# --------------------------------------------------------------------------------------------- 3. what may be asked for
 
 class Refused(Exception):
     """A request that is answered with an error; args: the HTTP status, and one line that says why."""
@@ -286,7 +285,8 @@ RATE, FRACTION, DECAY, COUNT = (float, 0, 1e3), (float, 0, 1), (float, 0, 0.9999
 BOTH = {"lr_scheduler": {"peak": RATE, "final_lr_frac": FRACTION, "warmup_frac": FRACTION, "init": RATE},
         "weight_decay": FRACTION,
         "grad_clip_norm": lambda norm: norm if norm is None else check(norm, (float, 1e-9, 1e9), "grad_clip_norm")}
-SGD, ADAMW = BOTH | {"momentum": DECAY, "nesterov": bool}, BOTH | {"betas": [DECAY] * 2, "eps": FRACTION, "eps_root": FRACTION}
+SGD = BOTH | {"momentum": DECAY, "nesterov": bool}
+ADAMW = BOTH | {"betas": [DECAY, DECAY], "eps": FRACTION, "eps_root": FRACTION}
 TRAINING = {
     "architecture_config": {
         "attention_bias": bool, "head_dim": (int, 2, 1024), "hidden_size": COUNT, "intermediate_size": COUNT,
@@ -300,12 +300,13 @@ TRAINING = {
 
 
 def check(value, rule, name: str, out_of_range: int = 422):
-    """The value in the rule's type. Raises: Refused `out_of_range` for one that is not allowed, 422 for another kind."""
+    """The value in the rule's type. Raises: Refused `out_of_range` for one not allowed, 422 for another kind."""
     def refuse(wanted: str, status: int = 422):
         raise Refused(status, f"{name} must be {wanted}, got {repr(value)[:60]}")
     if isinstance(rule, dict):
         if amiss := value.keys() ^ rule.keys() if isinstance(value, dict) else {"an object"}:
-            raise Refused(422, f"{name} must have {', '.join(rule)}; unknown or missing: {', '.join(sorted(amiss))[:200]}")
+            wanted, wrong = ", ".join(rule), ", ".join(sorted(amiss))[:200]
+            raise Refused(422, f"{name} must have {wanted}; unknown or missing: {wrong}")
         return {key: check(value[key], inner, key, out_of_range) for key, inner in rule.items()}
     if isinstance(rule, list):
         fits = isinstance(value, list) and len(value) == len(rule)
@@ -332,13 +333,13 @@ def from_query(query: dict, backend, seed: int) -> dict:
              "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
              "tie_word_embeddings": False, "dtype": "float32", "vocab_size": backend.vocab_size}
     rates = {"peak": query["learning_rate"], "final_lr_frac": 0.1, "warmup_frac": 0.05, "init": 0.0}
-    return {"architecture_config": shape, "optimizer_config": {
-                "lr_scheduler": rates, "weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0},
-            "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "model_seed": seed, "max_runtime_seconds": 1e6,
+    adamw = {"weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0}
+    return {"architecture_config": shape, "optimizer_config": {"lr_scheduler": rates} | adamw, "model_seed": seed,
+            "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "max_runtime_seconds": 1e6,
             "total_train_tokens": max(1, round(query["train_flops"] / (6 * backend.count_parameters(shape))))}
 
 
-# ---------------------------------------------------------------------------------------------------- 4. the two backends
+# -------------------------------------------------------------------------------------------------- 4. the two backends
 
 class LawBackend:
     """Answers at once, for practising: min(CHINCHILLA(N, D), ln V) * (1 + penalties) * noise, with N = 12 L d^2.
@@ -425,12 +426,14 @@ def train_once(config: dict, tokens: str, context_length: int, threads: int, pip
         groups = [{"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
                   {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0}]
         peak, low_share, warm_share, init = (given["lr_scheduler"][name] for name in BOTH["lr_scheduler"])
-        optimizer = optim.AdamW(groups, peak, tuple(given["betas"]), given["eps"], fused="foreach") if "betas" in given \
-            else torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
+        if "betas" in given:
+            optimizer = optim.AdamW(groups, peak, tuple(given["betas"]), given["eps"], fused="foreach")
+        else:
+            optimizer = torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
         steps = max(1, round(config["total_train_tokens"] / (batch * context_length)))
         warmup, low = round(warm_share * steps), peak * low_share
 
-        def schedule(step: int) -> float:                                # linear from init to the peak, half a cosine down
+        def schedule(step: int) -> float:                                # linear up to the peak, half a cosine down
             if step < warmup:
                 return init + (peak - init) * (step + 1) / warmup
             return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
@@ -443,7 +446,8 @@ def train_once(config: dict, tokens: str, context_length: int, threads: int, pip
         result = train.train(network, optimizer, *data, train.TrainConfig(
             steps=steps, batch_size=batch, context_length=context_length, seed=config["model_seed"], log_every=50,
             clip_norm=given["grad_clip_norm"] or math.inf, eval_every=-(-steps // config["n_evals"]), eval_windows=512,
-            checkpoint_every=0, precision="autocast" if shape["dtype"] == "bfloat16" else "fp32"), schedule=schedule, log=log)
+            checkpoint_every=0, precision="autocast" if shape["dtype"] == "bfloat16" else "fp32"),
+            schedule=schedule, log=log)
         pipe.send(("done", losses[:-1] + [result["valid_loss"]]))
     except BrokenPipeError:                                              # the server is gone
         pass
@@ -457,7 +461,7 @@ class Store:
     """Every run ever accepted, what it cost and its status, in one sqlite file, written before it is answered.
 
     Each protocol (2025, 2026) has its budget, in FLOPs or seconds, for every API key. A 2026 run costs its
-    max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs nothing and may be asked for again.
+    max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs nothing and may be asked again.
     """
 
     def __init__(self, path: str | Path, backend, workers: int = 1, flops: float = 2e18, seconds: float = 43200.0):
@@ -472,7 +476,7 @@ class Store:
                 CREATE TABLE IF NOT EXISTS runs (protocol INT, key TEXT, backend TEXT, config TEXT, id TEXT, asked TEXT,
                     cost REAL, status TEXT, UNIQUE (protocol, key, backend, config))""")
         except (sqlite3.Error, OSError) as error:
-            raise ValueError(f"cannot use {path} ({error}); stop the other server on it, or give another --out") from None
+            raise ValueError(f"cannot use {path} ({error}); stop the other server on it or give --out") from None
         for run, status in self.sql("SELECT id, status FROM runs WHERE backend = ? ORDER BY rowid", backend.name):
             if json.loads(status)["status"] in ("queued", "running"):    # left undone by a server that was killed
                 self.running[run] = self.pool.submit(self.work, run)
@@ -490,7 +494,7 @@ class Store:
         return self.sql("SELECT TOTAL(cost) FROM runs WHERE protocol = ? AND key = ?", protocol, key)[0][0]
 
     def add(self, protocol: int, key: str, config: dict, asked: dict, cost: float) -> str:
-        """The run's id, queued if it is new. Raises: Refused past the budget and, in 2026, for a config given before."""
+        """The run's id, queued if new. Raises: Refused past the budget and, in 2026, for a config given before."""
         same = protocol, key, self.backend.name, json.dumps(config, sort_keys=True)
         with self.lock:                                                  # held from the look to the charge
             known = self.sql("SELECT id, status FROM runs WHERE (protocol, key, backend, config) = (?, ?, ?, ?)", *same)
@@ -509,7 +513,7 @@ class Store:
 
     def work(self, run: str) -> None:
         """In a worker thread: has the backend run it, and writes down what came of it and what it cost."""
-        def write(status: str, **more) -> None:                          # clients read the kind as `status` or as `type`
+        def write(status: str, **more) -> None:                          # clients read its kind as either
             text = json.dumps({"type": status, "status": status} | more)
             self.sql("UPDATE runs SET status = ?, cost = ? WHERE id = ?", text, cost, run)
         (protocol, text, cost), = self.sql("SELECT protocol, config, cost FROM runs WHERE id = ?", run)
@@ -585,8 +589,9 @@ class Handler(BaseHTTPRequestHandler):
             status = store.wait(store.add(2025, key, config, asked, asked["train_flops"]))
             if status["status"] == "failed":
                 raise Refused(500, f"the run failed and costs nothing: {status['reason']}")
-            return {"loss": status["val_losses"][-1], "total_flops_used": store.used(2025, key), "backend": backend.name,
-                    "parameters": backend.count_parameters(config["architecture_config"]), "tokens": config["total_train_tokens"]}
+            N = backend.count_parameters(config["architecture_config"])
+            return {"loss": status["val_losses"][-1], "total_flops_used": store.used(2025, key),
+                    "backend": backend.name, "parameters": N, "tokens": config["total_train_tokens"]}
         if name == "total_flops_used":
             return store.used(2025, key)
         if name == "budget":
@@ -633,8 +638,8 @@ class Handler(BaseHTTPRequestHandler):
         query, in_query = dict(pairs), name in self.COURSE_2025
         key = query.pop("api_key", None) if in_query else self.headers.get("X-API-Key")
         if key not in self.server.keys or in_query and len(query) + 1 < len(pairs):
-            raise Refused(422 if in_query else 401, f"{'api_key' if in_query else 'header X-API-Key'} must be given once, "
-                          "and be one that serve --api-key allows")
+            where = "api_key" if in_query else "header X-API-Key"
+            raise Refused(422 if in_query else 401, f"{where} must be given once, as one that serve --api-key allows")
         return self.respond(name, key, query if in_query else rest[0] if rest else body)
 
     def read_body(self):
@@ -643,7 +648,7 @@ class Handler(BaseHTTPRequestHandler):
         known = "Transfer-Encoding" not in self.headers and re.fullmatch("[0-9]{1,15}", length)
         if not known or int(length) > 1 << 20:
             self.close_connection = True
-            for _ in range(min(int(length), 1 << 26) >> 16 if known else 0):       # who is still sending does not listen
+            for _ in range(min(int(length), 1 << 26) >> 16 if known else 0):       # who still sends does not listen
                 self.rfile.read(1 << 16)
             raise Refused(413 if known else 411, "the body must tell its Content-Length, of 1 MiB at most")
         data = self.rfile.read(int(length))
@@ -682,7 +687,7 @@ class Handler(BaseHTTPRequestHandler):
 # ------------------------------------------------------------------------------------- 6. the client, and the main job
 
 def ask(url: str, path: str, **query):
-    """One GET of the 2025 protocol, which lasts as long as the run. Raises: Refused with the server's status and words."""
+    """One GET of the 2025 protocol, which lasts as long as the run. Raises: Refused, in the server's words."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))          # a proxy has its own 127.0.0.1
     try:
         with opener.open(f"{url.rstrip('/')}/{path}?{urlencode(query)}") as answer:
@@ -694,15 +699,16 @@ def ask(url: str, path: str, **query):
 
 
 def load_runs(path: Path) -> list[dict]:
-    """Runs from the JSON lines that `sweep` writes. N is 12 L d^2 where the server did not tell. A torn end is dropped."""
+    """Runs from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell. A torn end is dropped."""
     runs, lines = [], path.read_text().splitlines() if path.exists() else []
     for i, line in enumerate(lines, 1):
         try:
             run = json.loads(line)
-            runs.append({"parameters": 12 * run["num_layers"] * run["d_model"] ** 2} | run | {"loss": float(run["loss"])})
+            usual = {"parameters": 12 * run["num_layers"] * run["d_model"] ** 2}
+            runs.append(usual | run | {"loss": float(run["loss"])})
         except (ValueError, KeyError, TypeError) as error:
             if i < len(lines):
-                raise ValueError(f"{path}, line {i} is no run ({error!r}): it needs what /loss takes, and loss") from None
+                raise ValueError(f"{path}, line {i} is no run ({error!r}); remove it") from None
     return runs
 
 
@@ -711,13 +717,13 @@ def plan(args, budgets: list[float], widths: list[int]) -> list[dict]:
     queries, slide = [], max(0, len(widths) - args.window) / max(1, len(budgets) - 1)
     for i, budget in enumerate(sorted(budgets)):
         for d in widths[round(i * slide):round(i * slide) + args.window]:
-            rate = float(f"{args.rate * 64 / d:.3g}")
-            queries.append(dict(zip(COURSE, (d, args.layers, max(2, min(16, d // 32)), args.batch_size, rate, int(budget)))))
+            rate, heads = float(f"{args.rate * 64 / d:.3g}"), max(2, min(16, d // 32))
+            queries.append(dict(zip(COURSE, (d, args.layers, heads, args.batch_size, rate, int(budget)))))
     return queries
 
 
 def sweep(args, url: str, out: Path) -> list[dict]:
-    """Asks for every run of the plan that `out` does not hold yet, adding it there as a JSON line. Returns: all of them.
+    """Asks for every run of the plan that `out` does not hold yet, adding it there as a JSON line. Returns: all.
 
     Raises: ValueError, before anything is spent, when the rest of the plan costs more than is left of the budget.
     """
@@ -752,7 +758,7 @@ def fit(runs: list[dict], picture: Path) -> dict:
     return compare(*([run[name] for run in runs] for name in ("parameters", "train_flops", "loss")), picture)
 
 
-def make_server(args, ranges: dict, folder: Path, port: int, workers: int) -> Server:
+def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
     """The server that the command line asks for, already answering."""
     tokens = args.tokens or Path("out/scaling/tokens")
     if args.backend == "train" and not args.tokens and not (tokens / "valid.npy").exists():
@@ -763,33 +769,30 @@ def make_server(args, ranges: dict, folder: Path, port: int, workers: int) -> Se
         for split in ("train", "valid"):
             bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
     backend = LawBackend() if args.backend == "law" else TrainBackend(
-        tokens, args.context_length, max(1, os.cpu_count() // workers))
-    store = Store(folder / "store.sqlite", backend, workers, args.flop_budget, args.second_budget)
+        tokens, args.context_length, args.threads)
+    store = Store(folder / "store.sqlite", backend, args.workers, args.flop_budget, args.second_budget)
     return Server(store, args.api_key, ranges, args.seed, port)
 
 
 def run(args) -> int:
     """The main job: sweep, fit, predict 8 times the largest budget, train that, compare. Returns: 0 when within 3%."""
     began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
-    server = make_server(args, HOME, folder, 0, args.workers)
+    server = make_server(args, HOME, folder, 0)
     try:
         fits = fit(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
-    finally:
-        server.stop()
-    server = make_server(args, HOME, folder, 0, 1)                       # the same store; all cores for the one run
-    try:
         wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
         backend = server.store.backend
         size = lambda query: backend.count_parameters(from_query(query, backend, 0)["architecture_config"])
         query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(size(query) - wanted))
         predicted = float(fits["parametric"](size(query), C / (6 * size(query))))
-        print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model {query['d_model']} "
-              f"has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
+        print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model "
+              f"{query['d_model']} has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
         reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
     finally:
         server.stop()
     error, seconds = predicted / reached - 1, time.perf_counter() - began
-    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar 3%, {'OK' if abs(error) <= 0.03 else 'MISSED'}")
+    verdict = "OK" if abs(error) <= 0.03 else "MISSED"
+    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar 3%: {verdict}")
     print("RESULT", json.dumps({"seed": args.seed, "backend": args.backend, "predicted": round(predicted, 4),
                                 "reached": round(reached, 4), "error": round(error, 4), "seconds": round(seconds)}))
     return 0 if abs(error) <= 0.03 else 1
@@ -819,12 +822,8 @@ def bench(repeats: int = 7) -> None:
                     ("the same and 200 resamples", lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
                     ("GET /loss, known run", lambda: ask(server.url, "loss", **query)),
                     ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"learning_rate": next(rates)}))):
-        times = []
-        for _ in range(repeats + 1):                                     # the first warms up
-            began = time.perf_counter()
-            f()
-            times.append((time.perf_counter() - began) * 1e3)
-        print(f"{name:40s}{np.median(times[1:]):9.2f} ms  (min {min(times[1:]):.2f}, max {max(times[1:]):.2f})")
+        times = sorted(timeit.repeat(f, number=1, repeat=repeats + 1)[1:])         # the first warms up
+        print(f"{name:40s}{times[repeats // 2] * 1e3:9.2f} ms  (min {times[0] * 1e3:.2f}, max {times[-1] * 1e3:.2f})")
     server.stop()
 
 
@@ -837,14 +836,15 @@ def main() -> int:
     for flag, kind, default, text in (
             ("--seed", int, 0, "of weights and data order"), ("--backend", str, "law", "serve, run: train or law"),
             ("--port", int, 8000, "serve"), ("--ranges", str, "course", "serve: course, or home for small models"),
-            ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit), or both (run)"),
+            ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit)"),
             ("--flop-budget", float, 2e18, "2025, of a key"), ("--second-budget", float, 43200.0, "2026, of a key"),
             ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 128, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
-            ("--workers", int, 2, "runs at a time"), ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "sweep, run: FLOPs"),
-            ("--widths", whole, [16, 20, 24, 32, 40, 48, 64], "d_model"), ("--layers", int, 2, "num_layers"),
+            ("--workers", int, 2, "runs at a time"), ("--threads", int, 1, "train: of a run"),
+            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"),
+            ("--widths", whole, [12, 16, 20, 24, 32, 40, 48, 56], "d_model"), ("--layers", int, 2, "num_layers"),
             ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 8, "sequences"),
-            ("--rate", float, 0.012, "learning rate at width 64; it goes as 1 / width")):
+            ("--rate", float, 0.01, "learning rate at width 64; it goes as 1 / width")):
         parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
@@ -855,7 +855,7 @@ def main() -> int:
             print("\n" + self_check())
         elif args.command == "serve":
             ranges = {"course": COURSE, "home": HOME}[args.ranges]
-            server = make_server(args, ranges, args.out, args.port, args.workers)
+            server = make_server(args, ranges, args.out, args.port)
             print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
             threading.Event().wait()
         elif args.command == "query":
