@@ -37,7 +37,6 @@ except ImportError:
 # Dims: B batch, T sequence, S keys, D model width, H heads, G kv heads, K head width, F feed-forward width,
 #       V vocabulary, L layers, N = B*T rows of the loss, n rows of a chunk of it, R samples being written
 
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and switches of a TransformerLM. Widths left None are filled in, so that reading them gives numbers
@@ -64,10 +63,11 @@ class ModelConfig:
     def __post_init__(self):
         def fill(name, value):
             object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
-        sizes = ["vocab_size", "context_length", "d_model", "num_layers", "num_heads"]
-        for name in sizes + [x for x in ("num_kv_heads", "head_dim", "d_ff") if getattr(self, x) is not None]:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {getattr(self, name)!r}")
+        optional = "num_kv_heads", "head_dim", "d_ff"
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", *optional):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0 or value is None and name in optional):
+                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         for name, allowed in (("norm", ("pre", "post", "none")), ("positions", ("rope", "none")),
                               ("ffn", ("swiglu", "silu")), ("rope_layout", ("interleaved", "half"))):
             if getattr(self, name) not in allowed:
@@ -77,7 +77,7 @@ class ModelConfig:
         fill("num_kv_heads", self.num_heads)
         fill("head_dim", self.d_model // self.num_heads)
         fill("d_ff", 4 * self.d_model if self.ffn == "silu" else max(64, round(8 * self.d_model / 3 / 64) * 64))
-        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))     # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.positions == "rope" and self.head_dim % 2:
@@ -336,9 +336,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
                          chunk: int | None = None) -> Tensor:
     """cross_entropy(hidden @ weight.T, targets) without ever holding the (N, V) logits.
 
-    A chunk of rows is turned into logits, these into their own gradient (softmax - onehot) where they lie, and that is
-    multiplied into the gradients of hidden and weight at once; the backward pass only scales the two. So the loss costs
-    the three matrix products that it must, and the memory of one chunk and two gradients.
+    A chunk of rows is turned into logits, these into their own gradient (softmax - onehot) where they lie, and that at
+    once into the gradients of hidden and weight, which the backward pass only scales: the three matrix products that
+    must be, and the memory of one chunk and two gradients.
 
     hidden (..., D), weight (V, D), targets (...) int. Products are in hidden's dtype, or autocast's; softmax, loss and
     the sum of weight's gradient in fp32. backend: "torch", or "triton" for one kernel per chunk between the products
@@ -350,16 +350,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
                          "do not fit: want (..., D), (V, D) and (...) with at least one target")
     _check_ids(targets, V)
-    if backend not in ("torch", "triton"):
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
-    if backend == "triton" and (triton is None or not (hidden.is_cuda or triton.knobs.runtime.interpret)):
-        raise ValueError("backend='triton' needs triton and CUDA tensors; use backend='torch' here")
+    runs = backend == "triton" and triton is not None and (hidden.is_cuda or triton.knobs.runtime.interpret)
+    if backend != "torch" and not runs:
+        raise ValueError(f"backend {backend!r} cannot run here: 'triton' needs CUDA tensors; use backend='torch'")
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if chunk is None:
         fits = max(1, (560_000_000 if hidden.is_cuda else 32_000_000) // (V * dtype.itemsize))
         chunk = -(-N // (-(-N // fits) * 128)) * 128             # chunks of one size, in whole tiles of 128 rows
-    if chunk < 1:
+    elif chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     hidden, targets = hidden.reshape(N, D).to(dtype), targets.flatten()
@@ -414,10 +413,10 @@ def _softmax_gradient_torch_(logits: Tensor, targets: Tensor, gradients: bool) -
 
 def _softmax_gradient_triton_(logits: Tensor, targets: Tensor, gradients: bool) -> Tensor:
     """The same in one kernel, a program per row, which reads its row a second time out of the L2 cache."""
-    losses, V = torch.empty(len(logits), dtype=torch.float32, device=logits.device), logits.shape[1]
+    (n, V), losses = logits.shape, torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    block = min(8192, triton.next_power_of_2(V))
     with torch.cuda.device_of(logits):
-        _softmax_gradient_kernel[(len(logits),)](logits, targets, losses, V, logits.stride(0), gradients,
-                                                 BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16)
+        _softmax_gradient_kernel[(n,)](logits, targets, losses, V, logits.stride(0), gradients, block, num_warps=16)
     return losses
 
 if triton is not None:
@@ -448,11 +447,9 @@ if triton is not None:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 class KVCache:
-    """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text.
-
-    Rows may differ in length: `positions` (R,) says where each one's new token goes, `mask` (R, 1, 1, S) what it sees.
-    The first pass, over the prompts, leaves num_samples copies of each, with space for `capacity` positions.
-    """
+    """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text. The
+    first pass, over the prompts, leaves num_samples copies of each, with space for `capacity` positions; after that,
+    `positions` (R,) says where each row's new token goes, and `mask` (R, 1, 1, S) what it sees."""
     def __init__(self, num_layers: int, num_samples: int, capacity: int):
         self.layers, self.num_samples, self.capacity = [None] * num_layers, num_samples, capacity
         self.positions = self.mask = None
@@ -512,7 +509,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
                        ("stop_strings", "" not in stop_strings), ("prompts", all(len(p) for p in prompts)),
                        ("decode", decode is not None or not stop_strings)):
         if not fine:
-            raise ValueError(f"{name} is out of range or empty: {locals()[name]!r:.80}")
+            raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
     if not prompts:
         return []
     kept = max(context + 1 - max_new_tokens, (context + 1) // 2)
@@ -611,9 +608,6 @@ LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
-def _hf_name(name: str) -> str:
-    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
-
 def read_safetensors(path) -> dict[str, Tensor]:
     """Tensors by name, mapped from the file, read when touched: 8 bytes of header length, a JSON header, raw numbers.
 
@@ -662,13 +656,13 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
         with torch.device("meta"):                               # no time is spent on random weights
             model = TransformerLM(config, **options)
         for name, empty in model.state_dict().items():
-            x = tensors.pop(_hf_name(name), None)
-            if name == "lm_head.weight" and config.tie_embeddings:
-                continue
-            if x is None or x.shape != empty.shape or not x.is_floating_point():
-                raise ValueError(f"{_hf_name(name)} should be {tuple(empty.shape)} and is "
-                                 f"{'missing' if x is None else (*x.shape, x.dtype)}")
-            state[name] = x.to(device, dtype, copy=True)
+            theirs = ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+            x = tensors.pop(theirs, None)
+            if name != "lm_head.weight" or not config.tie_embeddings:
+                if x is None or x.shape != empty.shape or not x.is_floating_point():
+                    found = "missing" if x is None else (*x.shape, x.dtype)
+                    raise ValueError(f"{theirs} should be {tuple(empty.shape)} and is {found}")
+                state[name] = x.to(device, dtype, copy=True)
         if foreign := [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]:
             raise ValueError(f"{foreign[0]} has no place in a model of this config.json")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -683,14 +677,12 @@ def _config_from_hf(raw: dict) -> ModelConfig:
     rope, kind = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw["model_type"]
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     beyond = {f"model_type {kind!r}": kind not in ("llama", "qwen2", "qwen3"),
-              "an activation other than silu": raw.get("hidden_act", "silu") != "silu",
-              "a bias on output or feed-forward layers": raw.get("attention_bias") or raw.get("mlp_bias"),
-              "sliding-window attention": raw.get("use_sliding_window"),
-              f"rope type {rope_type!r}": rope_type not in ("default", "llama3")}
+              f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
+              "activation": raw.get("hidden_act", "silu") != "silu", "sliding window": raw.get("use_sliding_window"),
+              "biases beside q, k, v": raw.get("attention_bias") or raw.get("mlp_bias")}
     if any(beyond.values()):
         raise ValueError(f"not supported: {', '.join(what for what, asked in beyond.items() if asked)}")
-    optional = ("num_kv_heads", "head_dim")
-    values = {ours: raw.get(theirs) if ours in optional else raw[theirs] for ours, theirs in HF_CONFIG.items()}
+    values = {ours: raw[theirs] if ours != "head_dim" else raw.get(theirs) for ours, theirs in HF_CONFIG.items()}
     return ModelConfig(**values, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), rope_layout="half",
                        rope_scaling=tuple(rope[name] for name in LLAMA3) if rope_type == "llama3" else (),
                        tie_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=kind == "qwen3",
@@ -712,7 +704,7 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
         if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
             x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)    # pair (0, 1) to (0, K/2)
         if name != "lm_head.weight" or not c.tie_embeddings:
-            tensors[_hf_name(name)] = x
+            tensors[".".join(HF_NAMES.get(part, part) for part in name.split("."))] = x
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling))
     texts = {"config.json": {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
@@ -743,13 +735,12 @@ def walk_through() -> None:
     torch.manual_seed(0)
     model, ids = TransformerLM(ModelConfig(50, 16, 32, num_layers=2, num_heads=4)), torch.arange(6)[None]
     turned = model.layers[0].attn.rope(torch.tensor([[1.0, 0] * 4] * 3))[:, :2].tolist()
-    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     print(f"RoPE turns (1, 0) at positions 0, 1, 2 into {', '.join(f'({a:.2f}, {b:.2f})' for a, b in turned)}")
+    loss = cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     print(f"ids {tuple(ids.shape)} -> hidden {tuple(model.hidden(ids).shape)} -> logits {tuple(model(ids).shape)}, "
           f"loss {loss:.2f} nats; knowing nothing costs log 50 = {math.log(50):.2f}")
     print("GPT-2      parameters  TFLOP for 1024 tokens: projections, scores, ffn, head  GB with AdamW, batch 8  days")
-    sizes = ("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25)
-    for name, *shape in sizes:                                        # D, L, H
+    for name, *shape in ("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("XL", 1600, 48, 25):
         c = ModelConfig(50257, 1024, *shape, d_ff=4 * shape[0])
         *parts, total = count_flops(c, 1024).values()
         days = 3 * total * 300e9 / 1024 / (0.5 * 989e12) / 86400      # backward costs twice forward
