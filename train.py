@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -534,7 +535,8 @@ class Setup:
     def model(self) -> torch.nn.Module:
         """A new model, the same one for the same seed."""
         torch.manual_seed(self.config.seed)
-        model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute)
+        model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute,
+                                      fused=self.args.fused)
         return model.to(self.device, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -692,7 +694,7 @@ def bench(setup: Setup) -> None:
     causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
     count = setup.lm.count_parameters(setup.model_config)
     print(f"{count / 1e6:.1f}M, {B} x {T} tokens, {config.precision}, {args.attention} attention, {args.loss} "
-          f"loss, update {args.update}, compile {args.compile}, recompute {args.recompute} | "
+          f"loss, update {args.update}, compile {args.compile}, fused {args.fused}, recompute {args.recompute} | "
           f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
           f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
     print("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
@@ -738,15 +740,20 @@ def bench(setup: Setup) -> None:
 
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after `warmup` ones; the GPU is waited for before and after each."""
-    wait, times = torch.cuda.synchronize if cuda else lambda: None, []
-    for _ in range(warmup + repeats):
-        wait()
-        start = time.perf_counter()
+    """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without a wait between them, as in a real run."""
+    for _ in range(warmup):
         f()
-        wait()
-        times.append(time.perf_counter() - start)
-    return times[warmup:]
+    marks = [torch.cuda.Event(enable_timing=True) if cuda else 0.0 for _ in range(repeats + 1)]
+    for i in range(repeats + 1):
+        if cuda:
+            marks[i].record()
+        else:
+            marks[i] = time.perf_counter()
+        if i < repeats:
+            f()
+    if cuda:
+        torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
 
 
 # ------------------------------------------------------------------------------ 6. in numbers
@@ -809,6 +816,7 @@ def main() -> int:
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="full", help="fused: the (B * T, V) logits never exist")
+    add("--fused", action="store_true", help="q, k, v in one product, SwiGLU's inputs in another: same weights and names")
     add("--compile", action="store_true")
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
