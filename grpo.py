@@ -367,9 +367,8 @@ class TorchEngine:
 
     def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
                  max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
-        """num_samples answers to each prompt, a prompt's side by side; each has .prompt_ids, .ids, .logprobs (the
-        model's own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the
-        text."""
+        """num_samples answers to each prompt, a prompt's side by side, with .prompt_ids, .ids, .logprobs (the model's
+        own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
         special = getattr(self.tokenizer, "special_tokens", {})       # a stop string that is one token needs no search
         together, answers = max(1, self.batch_size // num_samples), []
         for start in range(0, len(prompts), together):
@@ -392,8 +391,8 @@ class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
 
     hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives its GPU memory back for training; sync()
-    wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. With
-    a second GPU pass sleeps=False: vLLM takes the first visible one, and the trainer gets --device cuda:1.
+    wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. It
+    takes the first GPU; with the trainer on a second one (--device cuda:1) it never sleeps.
     """
     name = "vllm"
 
@@ -415,7 +414,7 @@ class VllmEngine:
         settings = [self.settings(
             n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
             stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
-            seed=seed + i) for i in range(len(prompts))]
+            seed=seed + i * num_samples) for i in range(len(prompts))]          # it gives sample j of a prompt seed + j
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
@@ -582,7 +581,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
 
     def record(line: dict) -> None:
         history.append(line)
-        shown = [f"{key.replace('_', ' ')} {x:.4g}" for key, x in line.items() if key != "step" and x is not None]
+        shown = [f"{key.replace('_', ' ')} " + (f"{x:.0f}" if x >= 1000 else f"{x:.4g}") for key, x in line.items()
+                 if key != "step" and x is not None]
         eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
@@ -632,7 +632,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
                 "truncated": mean(a.finish_reason == "length" for a in answers),
                 "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds,
-                "train_s": train_seconds, "train_tok/s": sum(u["positions"] for u in updates) / train_seconds}
+                "train_s": train_seconds, "train_tok/s": sum(u["positions"] for u in updates) / train_seconds,
+                "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
         if updates and not math.isfinite(line["loss"]):
             raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
                              "Lower the learning rate, or clip the gradient")
@@ -761,7 +762,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             given = {f.name: getattr(args, f.name) for f in fields(GRPOConfig) if getattr(args, f.name) is not None}
             run(args, GRPOConfig(**({} if args.model else EMBEDDED) | given))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"grpo.py: {error}", file=sys.stderr)
         return 2
     return 0
@@ -789,8 +790,8 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     end = sft.end_of_text_id(tokenizer)
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
-    engine = open_engine(args.engine, model, tokenizer, source, end,
-                         dtype=dtype if args.engine == "torch" else args.dtype)
+    options = dict(dtype=dtype) if args.engine == "torch" else dict(dtype=args.dtype, sleeps=args.device != "cuda:1")
+    engine = open_engine(args.engine, model, tokenizer, source, end, **options)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
 
@@ -808,11 +809,14 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         engine.sleep()
         return {"accuracy": both[0]["accuracy"], "greedy": both[1]["accuracy"]}
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    train_grpo(model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
-               encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
-               resume=args.resume)
+    history = train_grpo(
+        model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
+        encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir, resume=args.resume)
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
+    print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
+                                  "before": history[0].get("accuracy"), "after": history[-1].get("accuracy"),
+                                  "greedy_before": history[0].get("greedy"), "greedy_after": history[-1].get("greedy")}))
 
 
 if __name__ == "__main__":

@@ -453,8 +453,8 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
 
 REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and "
                       "</think>, the result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
-MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence 'The correct answer is _', "
-                 "with A, B, C or D in place of the blank.\n\n"
+MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence 'The correct answer "
+                 "is _', with A, B, C or D in place of the blank.\n\n"
                  "Question: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
 
 
@@ -547,7 +547,8 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
                 f"{row['response'][:240]!r}")
     for name, key, members in (("accuracy", "answer_reward", rows), ("format", "format_reward", rows),
                                ("entropy", "entropy", rows), ("length", "length", rows),
-                               ("length_right", "length", kinds[1, 1]), ("length_wrong", "length", kinds[1, 0] + kinds[0, 0])):
+                               ("length_right", "length", kinds[1, 1]),
+                               ("length_wrong", "length", kinds[1, 0] + kinds[0, 0])):
         if members and key in members[0]:
             summary[name] = sum(row[key] for row in members) / len(members)
     return summary
@@ -728,7 +729,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"chunked = plain to {self_check(args.seed):.1e}  OK")
         else:
             run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"sft.py: {error}", file=sys.stderr)
         return 2
     return 0
