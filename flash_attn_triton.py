@@ -1,14 +1,14 @@
 """flash_attn_triton.py - exact attention that never writes the T x T scores to memory.
 
-What:       plain attention; FlashAttention-2 in PyTorch, tile by tile (forward and backward); the same in Triton, tuned for
-            NVIDIA Hopper, correct on any CUDA GPU; `flash_attention(q, k, v)` for `TransformerLM(config, attention=...)`.
-Source:     Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2; online softmax arXiv:1805.02867; grouped
-            queries arXiv:2305.13245. The log-sum-exp L and D = rowsum(dO * O) are the paper's (section 3.1.1, eq. 4).
-Deviations: 1. The Triton backward is two kernels, one for dK and dV and one for dQ, each of which writes what it owns: no
-            atomics, so gradients are the same bits in every run with the same tiles (the paper adds dQ with atomics).
-            2. Scores are kept in units of log2, since the hardware's exponential is 2^x.  3. A causal mask is aligned
-            top-left when T != S: query i sees keys 0..i, as in torch's scaled_dot_product_attention.
-Copy:       this file alone; needs torch, and triton >= 3.6 for the kernels (tested with 3.6 and 3.9). MIT.
+What:       plain attention; FlashAttention-2 in PyTorch, tile by tile, forward and backward; the same in Triton, tuned for
+            NVIDIA Hopper, correct on any CUDA GPU; `flash_attention(q, k, v)` for TransformerLM(config, attention=...).
+Source:     Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2 (the log-sum-exp L, D = rowsum(dO * O));
+            online softmax arXiv:1805.02867; grouped queries arXiv:2305.13245.
+Deviations: 1. The Triton backward is two kernels, one for dQ and one for dK and dV, each of which writes what it owns:
+            no atomics, so the same tiles give the same bits (the paper adds up dQ with atomics).  2. Scores are kept in
+            units of log2, since the hardware's exponential is 2^x.  3. With T != S a causal mask is aligned top-left:
+            query i sees keys 0..i, as in torch's scaled_dot_product_attention.
+Copy:       this file alone; needs torch, and triton 3.6 or newer for the kernels (tested: 3.6, 3.9). MIT.
 Run:        python flash_attn_triton.py
 """
 import argparse
@@ -45,9 +45,7 @@ LOG2_E = math.log2(math.e)
 #       i over queries (rows), j over keys (columns); BLOCK_M queries and BLOCK_N keys a tile
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Plain attention, and what is wrong with it
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Plain attention, and what is wrong with it ---------------------------------------------------------------------
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V, with the (T, S) scores in memory.
@@ -65,26 +63,17 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
     return scores.softmax(-1) @ v                                                   # (..., T, K)
 
 
-class Cost(NamedTuple):
-    """Floating-point operations, and bytes moved to and from device memory."""
-    flops: float
-    plain_bytes: float
-    flash_bytes: float
-
-
-def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> Cost:
-    """Cost of one forward pass. A backward pass has 2.5 times the FLOPs: five matrix products against two.
+def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> tuple[float, int, int]:
+    """FLOPs of one forward pass, and bytes to and from memory: plain, and tiled. A backward pass has 2.5 times the FLOPs.
 
     Plain attention writes and reads the scores, then writes and reads their softmax: 4 T^2 numbers. The tiled versions
-    read Q, K, V and write O, each once: 4 T K numbers.
+    read Q, K, V and write O, each once: 4 T K numbers. `element`: bytes a number.
     """
-    flops = 4 * B * H * T * T * K / (2 if is_causal else 1)
-    return Cost(flops, element * B * H * (4 * T * T + 4 * T * K), element * B * H * 4 * T * K)
+    tiled = element * B * H * 4 * T * K
+    return 4 * B * H * T * T * K / (2 if is_causal else 1), element * B * H * 4 * T * T + tiled, tiled
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FlashAttention-2 in PyTorch: the algorithm, one line for each line of the paper
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- FlashAttention-2 in PyTorch: the algorithm, one line for each line of the paper --------------------------------
 
 class FlashAttentionPyTorch(torch.autograd.Function):
     """FlashAttention-2 with a Python loop over tiles. Slow, and easy to read; the Triton kernels below follow it.
@@ -163,9 +152,7 @@ def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
     return scores.masked_fill(j > i, -torch.inf)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same in Triton. A program owns one tile of the output and loops over the other side.
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The same in Triton. A program owns one tile of the output and loops over the other side. -----------------------
 #
 # x and strides: a (B, H, T, K) tensor and its first three strides, or with TMA a tensor descriptor, which on Hopper has
 # the copy engine fetch a whole tile in one instruction, bounds checks and shared-memory layout included.
@@ -251,13 +238,13 @@ def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_st
     batch = tl.program_id(0) // tiles // H
     head = tl.program_id(0) // tiles % H
     q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-    if q.dtype != tl.float32:          # times 1.0, which the compiler cannot know: Q now counts as computed, so it goes to
-        q = (q.to(tl.float32) * one).to(q.dtype)     # the tensor cores from registers, its shared memory to K and V
+    if q.dtype != tl.float32:          # times 1.0, which the compiler cannot know: Q now counts as computed, goes to the
+        q = (q.to(tl.float32) * one).to(q.dtype)     # tensor cores from registers, and leaves its shared memory to K, V
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):  # the same loop twice: tiles below the diagonal, then those that cross it or the end
+    for MASKED in tl.static_range(2):  # the loop twice: tiles below the diagonal, then those that cross it or the end
         for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
             k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 8
@@ -361,9 +348,7 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
     store_tile(dk_at, dk_strides, dk * scale, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting the kernels
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Starting the kernels -------------------------------------------------------------------------------------------
 
 class Tile(NamedTuple):
     """One way to build a kernel: tile of queries and keys, warps a program, tiles in flight."""
@@ -373,32 +358,35 @@ class Tile(NamedTuple):
     stages: int
 
 
+def _interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined."""
+    return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
+
+
 INTERPRETER_TILE = Tile(32, 16, 4, 1)                     # small and not square, so that small tests reach every branch
 _fastest: dict[tuple, Tile] = {}
 
 
 def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[Tile]:
-    """The few tiles worth timing, best guess first: what is left of a sweep of some 180 for each kernel on an H200."""
+    """The few tiles worth timing, best guess first: what is left of a sweep of some 180 a kernel on an H200."""
     if dtype == torch.float32:                            # three tf32 products for each one: more registers
-        small = Tile(16, 16, 4, 1)
-        return {"forward": [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)] if K <= 64 else [Tile(64, 32, 4, 2), small],
-                "dkdv": [Tile(32, 32, 4, 2), Tile(32, 16, 4, 2)] if K <= 64 else [Tile(32, 64, 4, 1), small],
-                "dq": [Tile(64, 32, 4, 2), Tile(64, 16, 4, 2)] if K <= 64 else [Tile(64, 16, 4, 2), small]}[kernel]
-    if K > 128:
-        return {"forward": [Tile(128, 32, 8, 2), Tile(64, 32, 4, 2)],
-                "dkdv": [Tile(32, 64, 8, 2), Tile(32, 32, 4, 1)],
-                "dq": [Tile(64, 64, 8, 2), Tile(64, 32, 4, 2)]}[kernel]
-    if not descriptors:                                   # pointers need registers: smaller tiles
-        return {"forward": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)],
-                "dkdv": [Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)],
-                "dq": [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 32, 4, 2)]}[kernel]
-    if K > 64:
-        return {"forward": [Tile(64, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 32, 4, 4)],
-                "dkdv": [Tile(64, 64, 4, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 4)],
-                "dq": [Tile(64, 64, 4, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 2)]}[kernel]
-    return {"forward": [Tile(64, 128, 4, 3), Tile(64, 128, 4, 2), Tile(64, 64, 4, 3)],
-            "dkdv": [Tile(128, 64, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 4)],
-            "dq": [Tile(64, 128, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)]}[kernel]
+        forward, dq, dkdv = (((64, 64, 4, 2), (64, 32, 4, 2)), ((64, 32, 4, 2), (64, 16, 4, 2)),
+                             ((32, 32, 4, 2), (32, 16, 4, 2))) if K <= 64 else (
+                             ((64, 32, 4, 2), (16, 16, 4, 1)), ((64, 16, 4, 2), (16, 16, 4, 1)),
+                             ((32, 64, 4, 1), (16, 16, 4, 1)))
+    elif K > 128:
+        forward, dq, dkdv = (((128, 32, 8, 2), (64, 32, 4, 2)), ((64, 64, 8, 2), (64, 32, 4, 2)),
+                             ((32, 64, 8, 2), (32, 32, 4, 1)))
+    elif not descriptors:                                 # pointers need registers: smaller tiles
+        forward = dq = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2))
+        dkdv = ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2))
+    elif K > 64:
+        forward = dq = ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 4, 4))
+        dkdv = ((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 3))
+    else:
+        forward = dq = ((64, 128, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3))
+        dkdv = ((128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5))
+    return [Tile(*tile) for tile in {"forward": forward, "dq": dq, "dkdv": dkdv}[kernel]]
 
 
 def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descriptors: bool) -> None:
@@ -406,7 +394,7 @@ def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descripto
 
     Lengths count by the power of two above them: triton.autotune would time everything again for every new length.
     """
-    if not isinstance(forward_kernel, triton.runtime.JITFunction):
+    if _interpreted():
         return launch(INTERPRETER_TILE)
     T, S = (min(triton.next_power_of_2(x.shape[-2]), 16384) for x in (q, k))
     key = (kernel, T, S, q.shape[-1], q.shape[1] // k.shape[1], q.dtype, is_causal, descriptors, q.device)
@@ -439,10 +427,8 @@ def _descriptors_fit(*tensors: Tensor) -> bool:
 
 def _operand(x: Tensor, rows: int, descriptors: bool):
     """What a kernel gets for x: a descriptor for tiles of `rows` rows, or the pointer; and the strides."""
-    strides = tuple(x.stride()[:3])
-    if not descriptors:
-        return x, strides
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, triton.next_power_of_2(x.shape[-1])]), strides
+    box = [1, 1, rows, triton.next_power_of_2(x.shape[-1])]
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), box) if descriptors else x, tuple(x.stride()[:3])
 
 
 def _constants(q: Tensor, k: Tensor, is_causal: bool, descriptors: bool, tile: Tile) -> dict:
@@ -451,34 +437,35 @@ def _constants(q: Tensor, k: Tensor, is_causal: bool, descriptors: bool, tile: T
                 num_warps=tile.warps, num_stages=tile.stages)     # PRECISION: float32 only, 3 tf32 products, error 4e-7
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, triton_limits: bool = False) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
     """One line on what is wrong with the arguments, as ValueError."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    instead = "use FlashAttentionPyTorch or plain attention"
     if q.dim() < 2 or k.dim() != q.dim() or k.shape != v.shape:
-        raise ValueError(f"q must be (..., T, K), k and v (..., S, K); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+        raise ValueError(f"want q (..., T, K), k and v (..., S, K), got {shapes}")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"head widths differ: q has {q.shape[-1]}, k and v have {k.shape[-1]}")
+        raise ValueError(f"head widths differ: {shapes}")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
+        raise ValueError(f"q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
     if q.numel() == 0 or k.numel() == 0:
-        raise ValueError(f"nothing to attend to: q {tuple(q.shape)}, k {tuple(k.shape)} has an empty dimension")
-    if not triton_limits:
+        raise ValueError(f"nothing to attend to, a dimension is empty: {shapes}")
+    if not by_triton:
         return
     if triton is None:
-        raise ValueError("FlashAttentionTriton needs triton (pip install triton, Linux only); use FlashAttentionPyTorch")
+        raise ValueError(f"the kernels need triton (pip install triton, on Linux); {instead}")
     if q.shape[:-3] != k.shape[:-3] or (q.dim() > 2 and q.shape[-3] % k.shape[-3]):
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)}: leading dimensions must agree, and the query heads "
-                         "(third from the end) be a multiple of the key heads")
+        raise ValueError(f"leading dimensions must agree, and query heads be a multiple of the key heads: {shapes}")
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the Triton kernels take float32, float16 and bfloat16, got {q.dtype}; "
-                         "cast, or use FlashAttentionPyTorch")
+        raise ValueError(f"the kernels take float32, float16 and bfloat16, got {q.dtype}; cast, or {instead}")
     if not 16 <= q.shape[-1] <= 256:
-        raise ValueError(f"the Triton kernels take head widths 16 to 256, got {q.shape[-1]}; "
-                         "pad with zeros and rescale q, or use FlashAttentionPyTorch")
-    if not q.is_cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
-        raise ValueError(f"the Triton kernels need a CUDA GPU, the tensors are on {q.device}; use FlashAttentionPyTorch or "
-                         "plain attention, or set TRITON_INTERPRET=1 before Python starts to run them slowly on a CPU")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+        raise ValueError(f"the kernels take head widths 16 to 256, got {q.shape[-1]}; {instead}")
+    if _interpreted() and q.dtype == torch.bfloat16:
+        raise ValueError("Triton's interpreter gets bfloat16 products wrong; use another dtype, or unset TRITON_INTERPRET")
+    if not _interpreted() and not q.is_cuda:
+        raise ValueError(f"the kernels need a CUDA GPU, the tensors are on {q.device}; {instead}, or set TRITON_INTERPRET=1 "
+                         "before Python starts to run them slowly on a CPU")
 
 
 def _fold(x: Tensor) -> Tensor:
@@ -491,7 +478,7 @@ def _fold(x: Tensor) -> Tensor:
 @torch.library.custom_op("flash_attn_triton::forward", mutates_args=())
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """O like q, and L (..., T) in float32. An operator of its own, which torch.compile calls without looking inside."""
-    _check(q, k, v, triton_limits=True)
+    _check(q, k, v, by_triton=True)
     o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q, k, v, o4 = _fold(q), _fold(k), _fold(v), _fold(o)
     (B, H, T, K), S = q.shape, k.shape[2]
@@ -568,9 +555,9 @@ flash_forward.register_autograd(_backward, setup_context=_save)
 class FlashAttentionTriton(torch.autograd.Function):
     """FlashAttention-2 by the Triton kernels, forward and backward.
 
-    `.apply(q, k, v, is_causal=False)`: q (..., H, T, K), k and v (..., G, S, K), or (T, K) and (S, K); H a multiple of G.
-    Returns (..., H, T, K). Saves q, k, v, the output, and L (..., H, T) in nats. Dtypes float32, float16, bfloat16; K 16
-    to 256. Raises: ValueError with the remedy for anything else.
+    `.apply(q, k, v, is_causal=False)`: q (..., H, T, K), k and v (..., G, S, K), or (T, K) and (S, K); H a multiple of
+    G. Returns (..., H, T, K). Saves q, k, v, the output, and L (..., H, T) in nats. Dtypes float32, float16, bfloat16;
+    K 16 to 256. Raises: ValueError with the remedy for anything else.
     """
 
     @staticmethod
@@ -586,9 +573,9 @@ class FlashAttentionTriton(torch.autograd.Function):
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
     """Attention by the Triton kernels, for `TransformerLM(config, attention=flash_attention)`.
 
-    Args: q (..., H, T, K), k and v (..., G, S, K), H a multiple of G. Returns: (..., H, T, K). Differentiable, and safe
-    under torch.compile(fullgraph=True) and in CUDA graphs (after one call that times the tiles). Under torch.autocast the
-    arguments are cast, as for torch's own attention. Raises: ValueError, see FlashAttentionTriton.
+    Args: q (..., H, T, K), k and v (..., G, S, K), H a multiple of G. Returns: (..., H, T, K). Differentiable; works
+    under torch.compile(fullgraph=True), and in CUDA graphs after one call that times the tiles. Under torch.autocast
+    the arguments are cast, as for torch's own attention. Raises: ValueError, see FlashAttentionTriton.
     Example: flash_attention(q, k, v) equals plain_attention(q, k, v, is_causal=True) to rounding.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -596,18 +583,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     return flash_forward(q, k, v, is_causal)[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Walk-through, check, benchmark
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Walk-through, check, benchmark ---------------------------------------------------------------------------------
 
 def walk_through() -> None:
     """Why the scores are the problem, and one row of attention tile by tile."""
     print("Plain attention, batch 1, 16 heads, K 64, causal, bfloat16, forward:")
     for T in (1024, 16384):
-        c = cost(1, 16, T, 64)
-        print(f"  T {T:5d}: {c.flops / 1e9:6.1f} GFLOP; plain moves {c.plain_bytes / 1e6:8.1f} MB, tiled {c.flash_bytes / 1e6:6.1f} MB: "
-              f"{c.flops / c.plain_bytes:4.0f} against {c.flops / c.flash_bytes:5.0f} FLOP a byte")
-    print("  An H200 does about 190 bfloat16 FLOPs in the time of one byte: the plain version waits for memory.\n")
+        flops, plain, tiled = cost(1, 16, T, 64)
+        print(f"  T {T:5d}: {flops / 1e9:5.1f} GFLOP; plain moves {plain / 1e6:7.1f} MB, {flops / plain:.0f} FLOP a byte; "
+              f"tiled {tiled / 1e6:5.1f} MB, {flops / tiled:.0f} FLOP a byte")
+    print("  An H200 does some 190 bfloat16 FLOPs in the time of one byte: the plain version waits for memory.\n")
     print("One query, four keys in tiles of two; scores in nats, values 1 to 4:")
     m, l, acc = -math.inf, 0.0, 0.0
     for scores, values in (((1.0, 3.0), (1.0, 2.0)), ((2.0, 5.0), (3.0, 4.0))):
@@ -627,40 +612,37 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 
 def errors(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor, is_causal: bool) -> dict[str, float]:
     """Relative errors of O, dQ, dK, dV against plain attention in float64."""
-    def run(function, tensors, seed_gradient):
+    def run(function, tensors, do):
         leaves = [x.detach().requires_grad_() for x in tensors]
         out = function(*leaves, is_causal)
-        return [out.detach(), *torch.autograd.grad(out, leaves, seed_gradient)]
-    ours = run(attention, (q, k, v), do)
-    exact = run(plain_attention, [x.double() for x in (q, k, v)], do.double())
+        return [out.detach(), *torch.autograd.grad(out, leaves, do)]
+    ours, exact = run(attention, (q, k, v), do), run(plain_attention, [x.double() for x in (q, k, v)], do.double())
     return {name: relative_error(a, b) for name, a, b in zip(("O", "dQ", "dK", "dV"), ours, exact)}
 
 
 def self_check(seed: int = 0) -> dict[str, float]:
-    """Largest relative error of each version, over ragged lengths, grouped heads and odd widths.
+    """Largest float32 error of each version, over ragged lengths, grouped heads and odd widths.
 
-    Raises: AssertionError above 5e-6 in float32 (rounding gives up to 5e-7, a wrong mask or scale 1e-2 or more) and above
-    3e-3 in float16, whose numbers have 11 bits: 2^-11 = 5e-4 a rounding, and P, dS and the outputs are each rounded.
+    Raises: AssertionError above 5e-6 in float32 (rounding gives up to 5e-7, a wrong mask or scale 1e-2 or more), and
+    above 3e-3 in float16, whose numbers have 11 bits: 2^-11 = 5e-4 for each rounding of P, dS and the outputs.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = {"PyTorch": FlashAttentionPyTorch.apply}
-    if triton is not None and (device == "cuda" or not isinstance(forward_kernel, triton.runtime.JITFunction)):
+    if triton is not None and (device == "cuda" or _interpreted()):
         versions["Triton"] = FlashAttentionTriton.apply
     generator = torch.Generator(device).manual_seed(seed)
     worst = {}
     for name, attention in versions.items():
         for lead, G, T, S, K, dtype in [((2, 2), 2, 64, 64, 16, torch.float32), ((1, 4), 2, 45, 70, 16, torch.float32),
-                                        ((3,), 3, 70, 33, 20, torch.float32), ((), 0, 1, 40, 24, torch.float32),
+                                        ((3,), 3, 70, 33, 20, torch.float32), ((1,), 1, 2, 40, 24, torch.float32),
                                         ((1, 2), 1, 40, 40, 32, torch.float16)]:
-            if name == "PyTorch" and lead and lead[-1] != G:
+            if name == "PyTorch" and lead[-1] != G:
                 continue                                  # takes equal numbers of heads only
+            keys = (*lead[:-1], G, S, K)
             for is_causal in (False, True):
-                keys = (*lead[:-1], G, S, K) if lead else (S, K)
                 q, k, v, do = (torch.randn(shape, generator=generator, device=device).to(dtype)
                                for shape in ((*lead, T, K), keys, keys, (*lead, T, K)))
                 error = errors(attention, q, k, v, do, is_causal)
-                if T == 1 and is_causal:                  # a single weight of 1: dQ and dK are zero, nothing to divide by
-                    error = {part: error[part] for part in ("O", "dV")}
                 limit = 3e-3 if dtype == torch.float16 else 5e-6
                 assert all(e < limit for e in error.values()), f"{name}: {error} at {tuple(q.shape)}, {keys}, {dtype}"
                 if dtype == torch.float32:
@@ -669,102 +651,92 @@ def self_check(seed: int = 0) -> dict[str, float]:
 
 
 def _median_ms(function) -> float | str:
-    """Median milliseconds, or why there are none. On a GPU by triton.testing.do_bench, which also empties the L2 cache."""
+    """Median milliseconds, or why there are none. On a GPU by triton.testing.do_bench, which empties the L2 cache."""
     try:
+        function()                                        # warm-up: compiles, times the tiles
         if torch.cuda.is_available():
-            function()
-            return triton.testing.do_bench(function, warmup=10, rep=60, return_mode="median")
+            return triton.testing.do_bench(function, warmup=10, rep=50, return_mode="median")
         times = []
-        for _ in range(6):
+        for _ in range(5):
             start = time.perf_counter()
             function()
             times.append((time.perf_counter() - start) * 1e3)
-        return sorted(times[1:])[2]
+        return sorted(times)[2]
     except torch.cuda.OutOfMemoryError:
         return "memory"
-    except RuntimeError as error:                         # SDPA: "No available kernel", for float32 or a width
+    except RuntimeError as error:                         # SDPA: "No available kernel" for a dtype or width
         if "vailable kernel" not in str(error):
             raise
         return "none"
 
 
 def _ceiling(dtype: torch.dtype, device: str) -> float:
-    """TFLOP/s of a large matrix product: what the tensor cores give here. float32: a third of tf32, which is how many
-    products it takes to get float32 accuracy out of them."""
-    n, tf32 = (8192, torch.backends.cuda.matmul.allow_tf32) if device == "cuda" else (1024, False)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    """TFLOP/s of a large matrix product here. float32 on a GPU: a third of tf32, for float32 accuracy takes three."""
+    n, before = (8192 if device == "cuda" else 1024), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")            # tf32
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     rate = 2 * n**3 / _median_ms(lambda: a @ b) / 1e9
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.set_float32_matmul_precision(before)
     return rate / 3 if dtype == torch.float32 and device == "cuda" else rate
 
 
 def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
     """Median ms of forward, backward and both, causal, beside what one would use instead.
 
-    batch 0 keeps the tokens at 16384 while T is shorter. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
+    batch 0: as many sequences as make 16384 tokens. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    sdpa = torch.nn.functional.scaled_dot_product_attention
 
-    def backend(choice):
+    def sdpa(*backends):
         def run(q, k, v):
-            with sdpa_kernel(choice):
-                return sdpa(q, k, v, is_causal=True)
+            with sdpa_kernel(list(backends)):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return run
 
-    plain = functools.partial(plain_attention, is_causal=True)
+    plain, device = functools.partial(plain_attention, is_causal=True), "cuda" if torch.cuda.is_available() else "cpu"
+    versions = {"plain": plain, "SDPA": sdpa(SDPBackend.MATH, SDPBackend.FLASH_ATTENTION),
+                "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
     if device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; "
-              f"causal, {heads} heads, B = {batch or 'max(1, 16384 / T)'}; ms, median")
         versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True),
-                    "SDPA-FA2": backend(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
+                    "SDPA-FA2": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
                     "ours": flash_attention}
-    else:
-        print(f"CPU, torch {torch.__version__}, {torch.get_num_threads()} threads; causal, {heads} heads; ms, median; "
-              "the Triton kernels need a GPU")
-        versions = {"plain": plain, "SDPA": lambda q, k, v: sdpa(q, k, v, is_causal=True),
-                    "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
+    chip = torch.cuda.get_device_name() if device == "cuda" else "CPU (ours: the tiled version in PyTorch)"
+    print(f"{chip}, torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}; causal, {heads} heads; ms")
     for dtype in dtypes:
         ceiling = _ceiling(dtype, device)
-        print(f"\n{str(dtype)[6:]}: ceiling {ceiling:.1f} TFLOP/s")
-        print(f"{'K':>4} {'T':>6} {'B':>4} {'pass':9}" + "".join(f"{name:>12}" for name in versions) + "   ours TFLOP/s  of ceiling")
-        for K in widths:
-            for T in lengths:
-                B = batch or max(1, 16384 // T if device == "cuda" else 1)
-                q, k, v = (torch.randn(B, heads, T, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-                do = torch.randn_like(q)
-                cells = {}
-                for name, attention in versions.items():
-                    forward = backward = both = "memory"
-                    scores = 3 * B * heads * T * T * q.element_size()          # plain: scores, softmax and a gradient
-                    if device == "cpu" or name not in ("plain", "compiled") or scores < 0.8 * torch.cuda.mem_get_info()[0]:
-                        forward = _median_ms(lambda: attention(q, k, v))
-                        both = forward if isinstance(forward, str) else _median_ms(
-                            lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
-                        if isinstance(both, str):
-                            backward = both
-                        else:
-                            out = attention(q, k, v)
-                            backward = _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
-                            del out
-                    cells[name] = {"forward": forward, "backward": backward, "both": both}
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
-                for part, share in (("forward", 1.0), ("backward", 2.5), ("both", 3.5)):
-                    row = "".join(f"{x:>12}" if isinstance(x, str) else f"{x:12.3f}" for x in (c[part] for c in cells.values()))
-                    rate = share * cost(B, heads, T, K).flops / cells["ours"][part] / 1e9
-                    print(f"{K:4d} {T:6d} {B:4d} {part:9}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
+        print(f"\n{str(dtype)[6:]}, ceiling {ceiling:.1f} TFLOP/s\n   K      T    B pass    "
+              + "".join(f"{name:>11}" for name in versions) + "   ours TFLOP/s  of ceiling")
+        for K, T in ((K, T) for K in widths for T in lengths):
+            B = batch or (max(1, 16384 // T) if device == "cuda" else 1)
+            q, k, v = (torch.randn(B, heads, T, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+            do, cells = torch.randn_like(q), {}
+            for name, attention in versions.items():
+                scores = 3 * B * heads * T * T * q.element_size()               # scores, softmax, a gradient
+                if name in ("plain", "compiled") and device == "cuda" and scores > torch.cuda.mem_get_info()[1]:
+                    cells[name] = ["memory"] * 3
+                    continue
+                forward = _median_ms(lambda: attention(q, k, v))
+                both = backward = forward
+                if not isinstance(forward, str):
+                    both = backward = _median_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
+                if not isinstance(both, str):
+                    out = attention(q, k, v)
+                    backward = _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
+                    del out
+                cells[name] = [forward, backward, both]
+            for i, (part, share) in enumerate((("forward", 1.0), ("backward", 2.5), ("both", 3.5))):
+                row = "".join(f"{x[i]:>11}" if isinstance(x[i], str) else f"{x[i]:11.3f}" for x in cells.values())
+                rate = share * cost(B, heads, T, K)[0] / cells["ours"][i] / 1e9
+                print(f"{K:4d} {T:6d} {B:4d} {part:8}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bench", action="store_true", help="time the versions side by side; the whole grid takes minutes")
-    parser.add_argument("--lengths", type=int, nargs="+", help="T of the benchmark (default 128 to 65536 on a GPU)")
-    parser.add_argument("--widths", type=int, nargs="+", help="K of the benchmark (default 16 to 128 on a GPU)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"], help="default bfloat16 float32")
+    parser.add_argument("--bench", action="store_true", help="time the versions side by side; minutes for the whole grid")
+    parser.add_argument("--lengths", type=int, nargs="+", help="T (default 128 to 65536 on a GPU)")
+    parser.add_argument("--widths", type=int, nargs="+", help="K (default 16 to 128 on a GPU)")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--batch", type=int, default=0, help="default: as many sequences as make 16384 tokens")
     args = parser.parse_args()
@@ -775,8 +747,8 @@ def main() -> int:
               [getattr(torch, name) for name in args.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])],
               args.heads, args.batch)
         return 0
-    if triton is not None and not cuda and isinstance(forward_kernel, triton.runtime.JITFunction):
-        print("No GPU: starting again with TRITON_INTERPRET=1, so that the Triton kernels run on the CPU.\n", flush=True)
+    if triton is not None and not cuda and not _interpreted():
+        print("No GPU: starting again with TRITON_INTERPRET=1, to run the Triton kernels on the CPU.\n", flush=True)
         return subprocess.call([sys.executable, *sys.argv], env={**os.environ, "TRITON_INTERPRET": "1"})
     walk_through()
     for name, worst in self_check(args.seed).items():
