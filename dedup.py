@@ -2,9 +2,23 @@
 
 What:       lines that occur more than once in a corpus removed; of near-duplicate documents one kept.
 Source:     Broder 1997 (resemblance, min-wise hashing); Leskovec, Rajaraman & Ullman 2014, chapter 3 (shingles, bands).
-Deviations: (to come)
+Deviations: 1. The random orders are x -> a x + b mod 2^32 with odd a, min-wise in effect, not by proof: the tests hold
+            recall against theory. 2. Shingles are 32-bit hashes of word n-grams: Jaccard comes out up to |A| / 2^33
+            too large. 3. casefold() for lower(); a Chinese or Japanese character is a word. 4. In buckets of over 32
+            documents not all pairs are candidates.
+Speed:      python dedup.py bench 20000 400: 9,100 documents and 23 MB a CPU second; datasketch 2.0.0: 1,700 and 4.2,
+            and it verifies and writes nothing. Peak memory for 10,000 documents 48 MB, for 1,000,000 62 MB.
+On paper:   5,000 WET files (375 GB packed) are 1 TB of text. data_filter.py does 1.7 MB of text a CPU second: 160 core
+            hours, 10 h on one machine of 16 cores. If 15% is left, 150 GB in 40 M documents, dedup.py takes 2 core
+            hours, half an hour as one process reads at 100 MB/s; disk 13 GB of keys, 100 GB of shingles, 60 GB of
+            output; memory 0.5 GB. 100,000 files are 20 times that: 10 machines for 21 h, then one for 10 h with 3.5 TB
+            of disk and 10 GB of memory. The shingles break first (--no-verify has none), then the one reader.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python dedup.py
+            text 0 and text 1: 20 of 22 3-grams in common, Jaccard 0.91; 134 of 140 hashes and 16 of 20 bands agree
+            similarity  1-(1-s^7)^20  measured  (# theory, o measured)
+                   0.7         0.821     0.814  #################################o
+            fast = plain, bit for bit  OK
 """
 import argparse
 import contextlib
@@ -483,8 +497,7 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
     if ngram < 1 or not 0 < jaccard_threshold <= 1:
         raise ValueError(f"ngram ({ngram}) must be at least 1 and jaccard_threshold ({jaccard_threshold}) in (0, 1]")
     output_dir, begin, two32 = Path(output_dir), time.perf_counter(), np.uint64(1 << 32)
-    files = collect_inputs(input_files, output_dir)
-    a, b = permutations(num_hashes, seed)
+    files, (a, b) = collect_inputs(input_files, output_dir), permutations(num_hashes, seed)
     with staged_output(output_dir, files) as stage:
         # 1. Sign: every document's band keys go to partitions, its shingles to one long file.
         jobs = ((batch, ngram, a, b, num_bands) for batch in read_batches(files.values()))
@@ -548,7 +561,8 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
 
 def measured_recall(s: float, pairs: int, seed: int = 0) -> float:
     """Share of pairs of random sets, 100 s of their 100 elements in common, that share one of 20 bands of 7 hashes."""
-    sets, common = np.random.default_rng(seed).integers(0, 2**32, (pairs, 100), dtype=np.uint32), round(100 * s)
+    common = round(100 * s)
+    sets = np.random.default_rng((seed, common)).integers(0, 2**32, (pairs, 100), dtype=np.uint32)
     (a, b), half, keys = permutations(140, seed), 50 + common // 2, []
     for document in sets[:, :half], np.concatenate([sets[:, :common], sets[:, half:]], axis=1):
         keys.append(band_keys(minhash_batch(document.ravel(), np.full(pairs, document.shape[1]), a, b), 20))
@@ -571,7 +585,7 @@ def walk_through(seed: int = 0) -> None:
     print("stands for each:", plain_minhash_dedup(texts, ngram=3, seed=seed))
     print("\nsimilarity  1-(1-s^7)^20  measured  (# theory, o measured)")
     for s in np.arange(1, 10) / 10:
-        theory, measured = float(lsh_probability(s, 20, 7)), measured_recall(s, 1000, seed)
+        theory, measured = float(lsh_probability(s, 20, 7)), measured_recall(s, 5000, seed)
         bar = list("#" * round(40 * theory) + " " * 41)
         bar[round(40 * measured)] = "o"
         print(f"{s:10.1f}  {theory:12.3f}  {measured:8.3f}  {''.join(bar).rstrip()}")
@@ -623,16 +637,16 @@ def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None
             print("\npython dedup.py corpus.jsonl --out out", *options, flush=True)
             subprocess.run([sys.executable, __file__, corpus, "--out", f"{folder}/out", *options], check=True)
         lines = corpus.read_text(encoding="utf-8").splitlines()[:2000]
-    datasketch = __import__("datasketch")
-    begin, index, pairs = time.perf_counter(), datasketch.MinHashLSH(num_perm=140, params=(20, 7)), 0
+    datasketch, begin, cpu = __import__("datasketch"), time.perf_counter(), time.process_time()
+    index, pairs = datasketch.MinHashLSH(num_perm=140, params=(20, 7)), 0
     for i, line in enumerate(lines):
         tokens, sketch = json.loads(line)["text"].lower().split(), datasketch.MinHash(140)   # the least one can do
         sketch.update_batch({" ".join(tokens[k:k + 5]).encode() for k in range(len(tokens) - 4)})
         pairs += len(index.query(sketch))
         index.insert(i, sketch)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     print(f"\ndatasketch {datasketch.__version__}, one process, {len(lines)} documents, {pairs} candidate pairs"
-          f"\n{seconds:.1f}s | {len(lines) / seconds:,.0f} documents/s | "
+          f"\n{seconds:.1f}s, CPU {cpu:.1f}s | {len(lines) / seconds:,.0f} documents/s | "
           f"{sum(len(line.encode()) for line in lines) / seconds / 1e6:.1f} MB/s")
 
 
@@ -664,10 +678,11 @@ def main() -> int:
                 result = minhash_dedup(args.inputs, args.out, verify=not args.no_verify, log=print,
                                        report=f"{args.out}.clusters.tsv", **{x: vars(args)[x] for x in numbers})
             seconds = time.perf_counter() - begin
-            memory = [resource.getrusage(who).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-            print(f"{seconds:.1f}s | {result.get('documents', 0) / seconds:,.0f} documents/s | "
-                  f"{result['bytes'] / seconds / 1e6:.1f} MB/s | mem {memory[0]:.0f} MB, a worker {memory[1]:.0f} MB")
+            usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+            memory = [int(use.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)) for use in usage]
+            print(f"{seconds:.1f}s, CPU {sum(use.ru_utime + use.ru_stime for use in usage):.1f}s | "
+                  f"{result.get('documents', 0) / seconds:,.0f} documents/s | "
+                  f"{result['bytes'] / seconds / 1e6:.1f} MB/s | mem {memory[0]} MB, a worker {memory[1]} MB")
             if args.text:
                 left = [args.out / name for name in collect_inputs(args.inputs, args.out)]
                 with open(f"{args.text}.part", "wb") as f:
