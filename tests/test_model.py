@@ -225,7 +225,7 @@ def test_every_variant_runs_counts_and_learns(changes):
     loss = M.cross_entropy(logits, token_ids(2, 12, seed=1))
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    again = small(seed=5, attention=M.sdpa_attention, **changes)
+    again = TransformerLM(model.config, M.sdpa_attention, fused=True)
     again.load_state_dict(model.state_dict())
     close(again(x), logits, 5e-5)                                      # without norms the stream reaches 30
     close(model(x, torch.arange(12)), logits, 0)
@@ -277,6 +277,22 @@ def test_accounting():
         with FlopCounterMode(display=False) as counter:
             TransformerLM(config)(token_ids(1, 12))
         assert counter.get_total_flops() == M.count_flops(config, 12)["total"]
+
+
+def test_memory_is_what_autograd_keeps():
+    config, kept = ModelConfig(500, 128, 64, 3, 4, d_ff=256), {}
+    model, alive = TransformerLM(config), []
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        alive.append(x)                                                # or its address would be given away again
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        M.cross_entropy(model(token_ids(2, 128)), token_ids(2, 128, seed=1))
+    measured = sum(size for address, size in kept.items() if address not in weights)
+    activations = M.count_memory(config, 2, 128) - 16 * M.count_parameters(config)
+    assert abs(measured / activations - 1) < 0.1                       # 0.99 here; the formula leaves out vectors and ids
 
 
 # ---------------------------------------------------------------- loss
