@@ -740,7 +740,7 @@ def bench(setup: Setup) -> None:
 
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
-    """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without a wait between them, as in a real run."""
+    """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without waits between them, as in a real run."""
     for _ in range(warmup):
         f()
     marks = [torch.cuda.Event(enable_timing=True) if cuda else 0.0 for _ in range(repeats + 1)]
@@ -816,7 +816,7 @@ def main() -> int:
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="full", help="fused: the (B * T, V) logits never exist")
-    add("--fused", action="store_true", help="q, k, v in one product, SwiGLU's inputs in another: same weights and names")
+    add("--fused", action="store_true", help="q, k, v in one product, SwiGLU's inputs in one: same weights and names")
     add("--compile", action="store_true")
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
