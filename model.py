@@ -683,7 +683,8 @@ def _config_from_hf(raw: dict) -> ModelConfig:
               "biases beside q, k, v": raw.get("attention_bias") or raw.get("mlp_bias")}
     if any(beyond.values()):
         raise ValueError(f"not supported: {', '.join(what for what, asked in beyond.items() if asked)}")
-    values = {ours: raw[theirs] if ours != "head_dim" else raw.get(theirs) for ours, theirs in HF_CONFIG.items()}
+    raw = {"num_key_value_heads": None, "head_dim": None} | raw       # the first Llamas do not say
+    values = {ours: raw[theirs] for ours, theirs in HF_CONFIG.items()}
     return ModelConfig(**values, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), rope_layout="half",
                        rope_scaling=tuple(rope[name] for name in LLAMA3) if rope_type == "llama3" else (),
                        tie_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=kind == "qwen3",

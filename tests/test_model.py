@@ -604,6 +604,20 @@ def test_transformers_reads_ours(changes, tmp_path):
     close(theirs(x).logits, model(x), 1e-4)
 
 
+def test_an_old_llama_config(tmp_path):
+    """Before transformers 4.31 and 5: rope_theta beside the rest, no kv heads, no head width, inv_freq among the weights."""
+    model = small(num_kv_heads=4)
+    M.save_hf(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "attention_bias"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = M.read_safetensors(tmp_path / "model.safetensors")
+    M.write_safetensors(tmp_path / "model.safetensors", tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    loaded = M.load_hf(tmp_path)
+    close(loaded(token_ids(2, 20)), model(token_ids(2, 20)), 2e-5)
+
+
 def test_dtypes_and_shared_weights(tmp_path):
     model = M.load_hf(FIXTURES / "model_qwen2", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
