@@ -11,14 +11,18 @@ Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
 """
 import argparse
+import base64
 import functools
 import heapq
 import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 import unicodedata
 from collections import Counter, defaultdict, deque
@@ -762,35 +766,36 @@ def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_p
 
 # ---- Walk-through, self-check, benchmark, command line ---------------------------------------------------------------
 
-EXAMPLE = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}  # of Sennrich et al., section 3.2, with other counts
+EXAMPLE = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}  # the words of Sennrich et al., section 3.2
 EXAMPLE_MERGES = [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e")]
 
 
-def small_tokenizer(merges: list[Pair], special_tokens: list[str] | None = None) -> Tokenizer:
-    return Tokenizer(dict(enumerate([bytes([i]) for i in range(256)] + [a + b for a, b in merges])), merges, special_tokens)
+def example(special_tokens: Iterable[str] = ()) -> Tokenizer:
+    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]
+    return Tokenizer(dict(enumerate(tokens)), EXAMPLE_MERGES, list(special_tokens))
 
 
 def walk_through() -> None:
     """A small training and a small encoding, with what the fast version sees."""
-    print("words  ", ", ".join(f"{word.decode()} x{count}" for word, count in EXAMPLE.items()))
-    tokenizer = small_tokenizer(merge_words_plain(EXAMPLE, 6))
-    for rank, (a, b) in enumerate(tokenizer.merges):
-        print(f"merge {rank} {a.decode()} + {b.decode()}")
-    text = "It's the lowest,  newest."
-    starts = pretoken_starts(text.encode(), re.compile(b"(?!)"))
-    classes = classify(np.frombuffer(text.encode(), np.uint8))
-    print(f"text    {text}\nclass   {''.join('?_wa1.'[c] for c in classes)}    (_ space, w other blank, a letter, . other)")
-    print(f"starts  {''.join('^' if i in starts else ' ' for i in range(len(text)))}")
-    for word in ("newest", "lowest"):
-        ids = [[byte] for byte in word.encode()]
-        print(f"{word}  " + " ".join(tokenizer.vocab[i].decode() for i in tokenizer.encode(word)))
+    print("words   ", ", ".join(f"{word.decode()} x{count}" for word, count in EXAMPLE.items()))
+    for rank, (a, b) in enumerate(merge_words_plain(EXAMPLE, 6)):
+        print(f"merge {rank}  {a.decode()} + {b.decode()}")
+    text, tokenizer = "It's lower,  the newest.", example()
+    starts = pretoken_starts(text.encode(), tokenizer.fast.special)
+    print(f"text     {text}\nclasses  {''.join('?_ a1.'[i] for i in classify(np.frombuffer(text.encode(), np.uint8)))}")
+    print(f"starts   {''.join('^' if i in starts else ' ' for i in range(len(text)))}")
+    ids = list(b" newest")
+    while known := [pair for pair in zip(ids, ids[1:]) if pair in tokenizer.ranks]:
+        first = min(known, key=tokenizer.ranks.__getitem__)
+        ids = merge_pair(ids, first, tokenizer.ranks[first][1])
+        print(f"rank {tokenizer.ranks[first][0]}   {'|'.join(tokenizer.vocab[i].decode() for i in ids)}")
 
 
 def self_check(seed: int = 0) -> None:
     """Fast against plain on random text, and both against known merges. Raises: AssertionError on any difference."""
-    arrays = b"".join(EXAMPLE), np.array([len(w) for w in EXAMPLE]), np.array([*EXAMPLE.values()])
-    assert merge_words_plain(EXAMPLE, 6) == merge_words(*arrays, 6) == EXAMPLE_MERGES
-    tokenizer, rng = small_tokenizer(EXAMPLE_MERGES, ["<|endoftext|>"]), np.random.default_rng(seed)
+    lengths, counts = np.array([len(word) for word in EXAMPLE]), np.array(list(EXAMPLE.values()))
+    assert merge_words_plain(EXAMPLE, 6) == merge_words(b"".join(EXAMPLE), lengths, counts, 6) == EXAMPLE_MERGES
+    tokenizer, rng = example(["<|endoftext|>"]), np.random.default_rng(seed)
     pieces = [*"newstlowr '.é\u00a0\u3000字😀\n\t0", "<|endoftext|>", "'ll", "  ", "internationalization"]
     for _ in range(300):
         text = "".join(rng.choice(pieces, rng.integers(0, 60)))
@@ -799,65 +804,106 @@ def self_check(seed: int = 0) -> None:
         assert ids == tokenizer.fast.encode(text.encode()).tolist() == list(tokenizer.encode_iterable(text, 9)), repr(text)
 
 
-def inspect(tokenizer: Tokenizer, path: str | None) -> None:
-    longest = sorted(tokenizer.vocab.values(), key=len, reverse=True)[:10]
-    print(f"{len(tokenizer.vocab):,} tokens, special {list(tokenizer.special_tokens)}, longest:",
-          ", ".join(repr(token.decode("utf-8", "replace")) for token in longest))
-    if path:
-        began, size = time.perf_counter(), os.path.getsize(path)
-        count = sum(len(tokenizer.encode_bytes(read_range(path, *r))) for r in file_ranges(path, tokenizer.special_tokens))
-        print(f"{path}: {size:,} bytes, {count:,} tokens, {size / max(count, 1):.3f} bytes a token, "
-              f"{size / (time.perf_counter() - began) / 1e6:.1f} MB/s in one process")
+def timed(*command: Any) -> tuple[float, float, str]:
+    """Seconds, peak MB and output of a whole process; the output is empty if it failed."""
+    began = time.perf_counter()
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    return time.perf_counter() - began, usage.ru_maxrss / 1024, output.strip() if status == 0 else ""
+
+
+def bench(text: str | None, peer_python: str, repeats: int = 3) -> None:
+    """Whole processes from file to file, ours and another library's in turn: median seconds, peak memory, same results.
+
+    The others run in tests/fixtures/bpe_peers.py. A vocabulary of 50,257 is learnt from the text first, for the encoding.
+    """
+    folder, end, peers = Path(tempfile.mkdtemp()), ["<|endoftext|>"], Path(__file__).parent / "tests/fixtures/bpe_peers.py"
+    if not text:
+        sources = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))]
+        (folder / "text").write_bytes(end[0].encode().join(source for source in sources if source.isascii()))
+        text = str(folder / "text")
+    vocab, merges = train_bpe(text, 50_257, end, log=None)
+    Tokenizer(vocab, merges, end).save(folder / "t.json")
+    (folder / "ranks").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in vocab.items() if i != 256))
+    order = sorted(range(256), key=byte_to_unicode().__getitem__)          # tokenizers numbers the bytes in this order
+    ties = {"rustbpe": lambda a, b, _: (a, b), "tokenizers": lambda a, b, _: [order.index(i) if i < 256 else i for i in (a, b)]}
+    print(f"{os.path.getsize(text) / 1e6:.1f} MB, Python {sys.version.split()[0]}, numpy {np.__version__}, regex "
+          f"{regex.__version__}; medians of {repeats}\n{'task':25}{'ours':>16}{'other':>16}  ratio  results")
+    for task, peer, option, size in [("encode", "tiktoken", "processes", 1), ("encode", "tiktoken", "processes", 2),
+                                     ("train", "rustbpe", "vocab-size", 10_000), ("train", "tokenizers", "vocab-size", 10_000),
+                                     ("train", "rustbpe", "vocab-size", 32_000)]:
+        extra = {"train": [], "encode": ["--tokenizer", folder / "t.json"]}[task]
+        ours = [sys.executable, __file__, task, "--input", text, "--out", folder / "ours", f"--{option}", size, *extra]
+        other = [peer_python, peers, peer, text, folder / "other.npy", *([folder / "ranks"] if extra else []), size]
+        runs = [(timed(*ours), timed(*other)) for _ in range(repeats)]
+        (mine, my_mb, _), (theirs, mb, version) = (sorted(side)[repeats // 2] for side in zip(*runs))
+        result = f"{peer} not found in {peer_python}"
+        if version and task == "encode":
+            result = "same" if (folder / "ours").read_bytes() == (folder / "other.npy").read_bytes() else "DIFFERENT"
+        elif version:
+            merges = train_bpe(text, size, end, log=None, tie_key=ties[peer])[1]
+            same = [(a + b).hex() for a, b in merges] == json.loads((folder / "other.npy").read_bytes())
+            result = "same" if same else "DIFFERENT"
+        print(f"{task}, {size:,} {option:13}{mine:7.2f}s {my_mb:4.0f} MB{theirs:8.2f}s {mb:4.0f} MB {theirs / mine:5.2f}x  "
+              f"{peer} {version}: {result}", flush=True)
+    shutil.rmtree(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", choices=["train", "encode", "decode", "inspect", "bench"], help="nothing: a walk-through")
-    add("--input", help="text; for decode, a .npy of token ids")
-    add("--out", help="train: tokenizer.json; encode: .npy; decode: text (default: print it)")
+    add("command", nargs="?", choices=["train", "encode", "decode", "inspect", "bench"], help="none: explain and check itself")
+    add("--input", help="a UTF-8 text; for decode, a .npy of token ids")
+    add("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text (default: print it)")
     add("--tokenizer", default="out/bpe/tokenizer.json")
     add("--vocab-size", type=int, default=10_000)
     add("--special", action="append", help="train: a special token, may be repeated (default <|endoftext|>)")
     add("--processes", type=int, help="default: all cores")
-    add("--peer-python", default=sys.executable, help="bench: a python that has tiktoken, tokenizers, rustbpe")
+    add("--peer-python", default=sys.executable, help="bench: a python that has tiktoken, tokenizers and rustbpe")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        return run(args)
+        run(args, functools.partial(print, file=sys.stderr, flush=True))
+        return 0
     except (ValueError, OSError) as e:
         print(f"bpe.py: {e}", file=sys.stderr)
         return 2
 
 
-def run(args: argparse.Namespace) -> int:
-    began, log = time.perf_counter(), functools.partial(print, file=sys.stderr, flush=True)
+def run(args: argparse.Namespace, log: Log) -> None:
+    began, size = time.perf_counter(), os.path.getsize(args.input) if args.input else 0
     if args.command is None:
         walk_through()
         self_check(args.seed)
-        print("fast = plain = known merges, round trips  OK")
-        return 0
-    if args.command in ("train", "encode", "decode") and not args.input or args.command == "encode" and not args.out:
-        raise ValueError(f"{args.command} needs --input FILE" + " and --out FILE" * (args.command == "encode"))
-    if args.command == "train":
+        print("fast = plain = known merges, there and back  OK")
+    elif args.command == "bench":
+        bench(args.input, args.peer_python)
+    elif args.command != "inspect" and not args.input or args.command == "encode" and not args.out:
+        raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
+    elif args.command == "train":
         special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
         vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes, log)
         Tokenizer(vocab, merges, special).save(out)
-        size = os.path.getsize(args.input)
         print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.perf_counter() - began:.1f}s")
-        return 0
-    tokenizer = Tokenizer.from_file(args.tokenizer)
-    if args.command == "encode":
-        count, size = encode_file(tokenizer, args.input, args.out, args.processes, log), os.path.getsize(args.input)
-        print(f"{args.out}: {count:,} tokens from {size:,} bytes ({size / count:.3f} a token) in "
+    elif args.command == "encode":
+        count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes, log)
+        print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in "
               f"{time.perf_counter() - began:.1f}s")
     elif args.command == "decode":
-        text = tokenizer.decode(np.load(args.input, allow_pickle=False).ravel().tolist())
+        text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
         with whole_file(args.out) if args.out else nullcontext(sys.stdout.buffer) as f:
             f.write(text.encode())
     else:
-        inspect(tokenizer, args.input)
-    return 0
+        tokenizer = Tokenizer.from_file(args.tokenizer)
+        longest = sorted(tokenizer.vocab.values(), key=len, reverse=True)[:10]
+        print(f"{len(tokenizer.vocab):,} tokens, special {list(tokenizer.special_tokens)}, longest:",
+              ", ".join(repr(token.decode("utf-8", "replace")) for token in longest))
+        if args.input:
+            ranges = file_ranges(args.input, tokenizer.special_tokens)
+            count = sum(len(tokenizer.encode_bytes(read_range(args.input, *stretch))) for stretch in ranges)
+            print(f"{args.input}: {size:,} bytes, {count:,} tokens, {size / max(count, 1):.3f} bytes a token, "
+                  f"{size / (time.perf_counter() - began) / 1e6:.1f} MB/s in one process")
 
 
 if __name__ == "__main__":
