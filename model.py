@@ -631,7 +631,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
-    """The inverse; the header is padded to a multiple of 8 bytes, so that views of the file are aligned."""
+    """The inverse; the header is padded to a multiple of 8 bytes, so that views of the file are aligned. Not over a file
+    whose tensors are still in use: they are views of it."""
     header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, x in tensors.items():
         header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [end, end := end + x.nbytes]}

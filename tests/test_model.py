@@ -136,6 +136,7 @@ def test_rope_tables_stay_in_float32_and_out_of_checkpoints():
     rope = model.layers[0].attn.rope
     assert rope.cos.dtype == torch.float32
     assert abs(rope.cos[1001, 0].item() - math.cos(1001)) < 1e-6      # bf16 holds 1001 as 1000, and cosines to 1/256
+    assert abs(rope.sin[1999, 1].item() - math.sin(1999 * 10_000 ** (-2 / 6))) < 1e-6   # with angles in fp32: 1e-5
     assert not any("rope" in name for name in model.state_dict())
     assert model(token_ids(1, 4)).dtype == torch.bfloat16
 
@@ -612,8 +613,9 @@ def test_an_old_llama_config(tmp_path):
     for name in ("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "attention_bias"):
         del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = M.read_safetensors(tmp_path / "model.safetensors")
-    M.write_safetensors(tmp_path / "model.safetensors", tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    tensors = M.read_safetensors(tmp_path / "model.safetensors")        # mapped: the file must not be written over
+    M.write_safetensors(tmp_path / "new", tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    os.replace(tmp_path / "new", tmp_path / "model.safetensors")
     loaded = M.load_hf(tmp_path)
     close(loaded(token_ids(2, 20)), model(token_ids(2, 20)), 2e-5)
 
