@@ -146,7 +146,7 @@ def planted_corpus(path: Path, documents: int, num_words: int = 120, seed: int =
 
 def test_recall_and_precision_of_planted_pairs(tmp_path):
     """Bands alone follow the S-curve in every tenth of similarity; recall and precision are theory's within 2 points."""
-    documents = int(os.environ.get("DEDUP_DOCUMENTS", 6000))
+    documents = int(os.environ.get("DEDUP_DOCUMENTS", 4500))
     planted = planted_corpus(tmp_path / "c.jsonl", documents)
     s = np.array(list(planted.values()))
     for num_bands, rows in (20, 7), (14, 8):
@@ -176,7 +176,7 @@ def test_recall_and_precision_of_planted_pairs(tmp_path):
 
 # ---- fast = plain ---------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(12))
 def test_batches_equal_one_text_at_a_time(seed):
     rng = random.Random(seed)
     ngram = rng.choice([1, 2, 3, 5, 13])
@@ -210,7 +210,7 @@ def test_survivors_equal_plain(tmp_path, monkeypatch, seed):
     assert left == sorted(set(dedup.plain_minhash_dedup(texts, **options)))
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(10))
 def test_lines_left_equal_plain(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     monkeypatch.setattr(dedup, "BATCH", rng.choice([8, 100, 1 << 19]))
@@ -226,9 +226,10 @@ def test_lines_left_equal_plain(tmp_path, monkeypatch, seed):
 def test_many_processes_write_what_one_writes(tmp_path):
     """Above 4 MB the jobs go to processes; the bytes that come out are the same, in both modes, gzip too."""
     rng = np.random.default_rng(1)
-    texts = [" ".join(rng.choice(["w%d" % i for i in range(999)], 300)) + "\n" + "same line\n" * (i % 2) for i in range(3500)]
+    vocabulary = np.array(["word number %d" % i for i in range(999)])
+    texts = [" ".join(vocabulary[rng.integers(0, 999, 300)]) + "\n" + "same line\n" * (i % 2) for i in range(1300)]
     texts[::7] = texts[1::7]
-    contents = {"a.jsonl": json_lines(texts[:3000]), "b.jsonl.gz": gzip.compress(json_lines(texts[3000:], 3000)), "c.txt": b"w1 w2"}
+    contents = {"a.jsonl": json_lines(texts[:1100]), "b.jsonl.gz": gzip.compress(json_lines(texts[1100:], 1100)), "c.txt": b"w1 w2"}
     inputs = write_files(tmp_path / "in", contents)
     assert sum(map(len, contents.values())) > 4 << 20
     for name, function in ("m", dedup.minhash_dedup), ("x", dedup.exact_line_dedup):
@@ -236,7 +237,7 @@ def test_many_processes_write_what_one_writes(tmp_path):
         assert results[0] == results[1]
         assert read_folder(tmp_path / f"{name}1") == read_folder(tmp_path / f"{name}2")
     left = gzip.decompress((tmp_path / "m1" / "b.jsonl.gz").read_bytes())
-    assert 0 < left.count(b"\n") < 500 and left.count(b"\n") == left.count(b'{"url"')
+    assert 0 < left.count(b"\n") < 200 and left.count(b"\n") == left.count(b'{"url"')
     assert b"same line" not in (tmp_path / "x1" / "a.jsonl").read_bytes()
 
 
