@@ -364,8 +364,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
 
     def save(step: int, final: bool) -> None:             # every rank calls it: to gather is a collective
         nonlocal saved
-        state = (parallel.full_state_dict(), parallel.full_optimizer_state_dict(optimizer)) if sharded else \
-            (bare(model).state_dict(), optimizer.state_dict())
+        state = (parallel.full_state_dict(rank=0), parallel.full_optimizer_state_dict(optimizer, rank=0)) if sharded \
+            else (bare(model).state_dict(), optimizer.state_dict())
         try:
             if last and rank == 0:
                 save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
@@ -527,7 +527,8 @@ class Setup:
         fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y,
                                                            backend=backend)
         loss_fn = fused if args.loss == "fused" else full
-        self.loss_fn = torch.compile(loss_fn, mode=args.compile_mode) if args.compile else loss_fn
+        whole_step = args.compile and args.parallel != "fsdp"                   # FSDP's hooks stay out: blocks, below
+        self.loss_fn = torch.compile(loss_fn, mode=args.compile_mode) if whole_step else loss_fn
         c = self.config                                   # steps count from 0, and the first one already moves
         self.schedule = lambda step: optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
         self.clip = partial(optim.clip_grad_norm_, error_if_nonfinite=False)     # the loop finds it, a little later
@@ -559,7 +560,11 @@ class Setup:
             else:
                 wrapper = sharded_optim.FSDP(model, torch.bfloat16 if c.precision == "autocast" else None)
                 self.whole = wrapper.gathered
+                for block in model.layers if args.compile else ():
+                    block.forward = torch.compile(block.forward, mode=args.compile_mode)
         if args.optimizer == "muon":
+            if args.parallel in ("zero1", "fsdp"):
+                raise ValueError("muon needs whole matrices; use --parallel ddp, or --optimizer adamw")
             optimizer = self.optim.Muon(model.named_parameters(), **options)
         else:
             optimizer = adamw(groups, **options, state_dtype=torch.float32, master_weights=True,
@@ -618,7 +623,10 @@ class Setup:
             (run_dir / "result.json").write_text(json.dumps(result))
             print(f"\n{sample()}\n" if sample else "")
             plot([run_dir])
-            print("RESULT " + json.dumps(result))
+            print("RESULT " + json.dumps(result), flush=True)
+        if wrapper is not None:
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
     def sample(self, model: torch.nn.Module, tokenizer: Any) -> str:
         """What the model writes after --prompt."""
