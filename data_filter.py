@@ -204,7 +204,8 @@ RAW = "".join(rf"|(?i:{name})(?=[\s/>]){ATTRIBUTES}>?+(?s:.*?)(?:</(?i:{name})(?
 TAG = re.compile(r"<(?:!--(?:>|->|(?s:.*?)(?:--!?>|\Z))|!\[CDATA\[(?s:.*?)(?:\]\]>|\Z)|(?:[!?]|/(?=[^a-zA-Z]))[^>]*+>?+"
                  rf"{RAW}|((?i:img|area)\b{ATTRIBUTES}|/?+[a-zA-Z][^\s/>]*+){ATTRIBUTES}>?+)")
 ALT = re.compile(r"""\balt\s*+=\s*+(?:"([^"]*+)|'([^']*+)|([^\s>"']++))""", re.I)
-SPACE = re.compile(r"[ \t\n\r\f\v]{2,}|[\t\n\r\f\v]")
+BLANK, SPACES = re.compile(r"&#(?:0*(?:9|1[023]|32)|[xX]0*(?:9|[aAcCdD]|20));"), re.compile(r"[ \t\n]{2,}|[\t\n]")
+PLAIN = {slash + name for name in "a b i u em strong span font small big code tt sup sub".split() for slash in ("", "/")}
 SKIPPED = {"noscript", "template", "select", "button", "datalist", "label"}
 BLOCKS = """html head body div article section nav footer header aside main address blockquote figure figcaption center
     hr dl dt dd ul ol menu dir li table tr caption thead tbody tfoot pre form fieldset legend details summary dialog
@@ -219,7 +220,8 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
     Example: extract_text("<h1>A</h1><ul><li>b &amp; c<li>d</ul>") -> "A\\n\\n  • b & c\\n  • d"
     """
     page = decode(page, http_charset) if isinstance(page, bytes) else page
-    parts = TAG.split(page.replace("\0", "").replace("&nbsp;", "\xa0"))         # text, tag, text, tag, ..., text
+    page = page.replace("\0", "").replace("&nbsp;", "\xa0").replace("\r\n", "\n").replace("\r", "\n").replace("\f", " ")
+    parts = TAG.split(BLANK.sub(" ", page.replace("\v", " ")))       # text, tag, text, tag, ..., text
     names = [name and name.lower() for name in parts[1::2]]          # None for comments, scripts and the like
     out, line, lists, missing = [], [], [], set()      # done; pieces of this line; open lists: -1 or last number
     breaks, cells, resume, bullet, in_pre, in_paragraph, row_begun = 0, 0, -1, "", False, False, False
@@ -228,22 +230,20 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
         nonlocal breaks, bullet, cells
         text = "".join(line)
         line.clear()
-        if "&" in text:
-            text = html.unescape(text)
-        if not in_pre and ("  " in text or "\n" in text or SPACE.search(text)):      # the quick tests decide most lines
-            text = SPACE.sub(" ", text)
-        if text := text.rstrip() if in_pre else text.strip(" "):
+        if not in_pre and ("  " in text or "\n" in text or "\t" in text):
+            text = SPACES.sub(" ", text)
+        if text := text.removeprefix("\n").rstrip() if in_pre else text.strip(" "):
             depth = min(len(lists), 8)                               # or open lists would indent by their square
             indent = "\t\t" * cells or "  " * (max(depth, 1) if bullet else depth and depth + 1)
             out.append(("\n" * breaks if out else "") + indent + bullet + text)
             breaks, cells, bullet = 0, 0, ""
 
-    for i, name in enumerate(names):
+    for i, (text, name) in enumerate(zip(parts[::2], names)):
         if i <= resume:
             continue
-        if text := parts[2 * i]:
+        if text:
             line.append(text)
-        if name is None:
+        if name is None or name in PLAIN:
             continue
         action = ACTIONS.get(name)                                   # how many lines to break
         if action is None:
@@ -277,7 +277,6 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
                 row_begun = False
             elif name in ("pre", "/pre"):
                 in_pre = name == "pre"
-                parts[2 * i + 2] = parts[2 * i + 2].removeprefix("\n" if in_pre else "")
             elif name in ("li", "/li"):
                 if name == "li" and lists and lists[-1] >= 0:
                     lists[-1] += 1
@@ -288,7 +287,10 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
                 lists.pop()
     line.append(parts[-1])
     flush()
-    return "".join(out)
+    text = "".join(out)
+    for entity, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&#x27;", "'"), ("&#39;", "'")):
+        text = text.replace(entity, character)                       # the commonest, at the speed of C
+    return html.unescape(text) if "&" in text else text
 
 
 # ------------------------------------------------------------------------------------------------------ 4. language
