@@ -399,7 +399,7 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
              "train.jsonl": map(task, problems), "valid.jsonl": map(task, held_out),
              "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
                                     for p in problems[:4000]],
-             "pairs.jsonl": [pair(p) for p, _ in shown], "pairs_valid.jsonl": map(pair, held_out[:200])}
+             "pairs.jsonl": [pair(p) for p, _ in shown[:512]], "pairs_valid.jsonl": map(pair, held_out[:200])}
     for name, rows in files.items():
         write_whole(os.path.join(folder, name), "".join(json.dumps(row) + "\n" for row in rows).encode())
     write_whole(os.path.join(folder, "base.txt"), "<|endoftext|>".join(documents).encode())
@@ -737,7 +737,7 @@ def main(argv: list[str] | None = None) -> int:
 
 # what each action starts from: model, data, held-out data, epochs, learning rate
 DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
-            "instruct": ("base", "instructions.jsonl", "", 2, 1e-3),
+            "instruct": ("base", "instructions.jsonl", "", 1, 1e-3),
             "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
             "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
 
