@@ -4,9 +4,22 @@ What:       WARC and WET archives in; HTML to text, language, quality rules, har
             masked; JSON lines out. Each step is a function of its own, in lecture order.
 Source:     WARC 1.1 (ISO 28500); WHATWG HTML 13.2.5 and Encoding 4.2; Gopher, arXiv:2112.11446 A1.1; C4,
             arXiv:1910.10683 2.2; FineWeb, arXiv:2406.17557 3.6; FastText, arXiv:1607.01759 and 1607.04606.
-@DEVIATIONS@
+Deviations: 1. Only English-like rules: the word rules are left out for scripts without spaces. 2. Gopher's stop words and
+            C4's bad-word list are not used; the harm classifiers stand for the latter. 3. FineWeb's statistics are taken
+            before C4's line rules, which would hide them. 4. Later copies count as duplicate n-grams, not the first.
+            5. FastText reads and writes .bin, not the quantised .ftz, and trains with softmax only. 6. HTML: where
+            Resiliparse glues words that a browser shows apart (<details>, <legend>, <option>), they are kept apart.
 Copy:       this file alone; needs numpy. MIT.
-@RUN@
+Run:        python data_filter.py CRAWL.warc.gz --out DIR      # --sample, --check, --train-quality, --bench: see --help
+            python data_filter.py
+            bytes              b'<title>x</title><h1>The caf\\xe9s</h1><p>You write to <b>a@b.org</b> &amp; wait. ...
+            extract_text       'The cafés\\n\\nYou write to a@b.org & wait.\\n\\n  • one'
+            identify_language  ('en', 0.9223142811103903)
+            mask_emails        ('The cafés\\n\\nYou write to |||EMAIL_ADDRESS||| & wait.\\n\\n  • one', 1)
+            ... archives, text, languages, masks, rules and FastText as known  OK
+Measured:   2-core CPU: 54 languages, 98.7% of 20-word sentences and 100% of 80-word paragraphs of the Declaration of Human
+            Rights right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1 at 0.46 of its speed (22 MB/s of its
+            48), 20 times trafilatura's (tests/fixtures/make_data_filter.py languages, pydoc).
 """
 import argparse, ast, codecs, contextlib, functools, gzip, html, io, json, math, os, random, re, struct, sys, time
 import unicodedata, zlib
