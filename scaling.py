@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sqlite3
 import sys
 import threading
@@ -133,8 +134,7 @@ CHINCHILLA = ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28)               # equat
 def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg-Marquardt on the Huber loss of log L, from S starts at once.
 
-    A Huber loss is least squares in which a residual r weighs min(1, delta / |r|): that quadratic touches it here and
-    lies above it elsewhere, so a step that is short enough goes down.
+    A Huber loss is least squares where a residual r weighs min(1, delta / |r|): a quadratic that touches it from above.
     Args: theta (S, 5) log A, log B, log E, alpha, beta; u, v, y (n,) log N, log D, log L; weight (S, n) of each run.
     Returns: theta (S, 5); the weighted mean Huber loss (S,).
     """
@@ -193,9 +193,12 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed:
 
 # --------------------------------------------------------------------------------------- 2. the approaches side by side
 
-def compare(N, C, loss, picture: Path | None = None) -> dict:
-    """Prints the three approaches, and draws them. Returns: {"min", "parabola": Optima, "parametric": the law}."""
-    N, C, loss = columns(5, N=N, C=C, loss=loss)
+def compare(runs: list[dict], picture: Path | None = None) -> dict:
+    """Prints and draws the three approaches on runs as `sweep` returns them, of parameters, train_flops and loss.
+
+    Returns: {"min", "parabola": Optima, "parametric": ParametricLaw}.
+    """
+    N, C, loss = columns(5, **{name: [run[name] for run in runs] for name in ("parameters", "train_flops", "loss")})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                  # the notes are printed below
         found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
@@ -254,7 +257,7 @@ def chinchilla_runs(seed: int = 0, noise: float = 0.0) -> tuple[np.ndarray, np.n
 def walk_through(seed: int = 0) -> None:
     """The three approaches on runs made from a known law, then two ways to go wrong."""
     print("35 runs made from L = 1.69 + 406.4/N^0.34 + 410.7/D^0.28 with 0.5% noise; in truth N_opt ~ C^0.452\n")
-    compare(*chinchilla_runs(seed, 0.005))
+    compare([dict(zip(("parameters", "train_flops", "loss"), run)) for run in zip(*chinchilla_runs(seed, 0.005))])
     exponents, powers = [], np.linspace(0, 1, 1001)
     for again in range(20):
         runs = chinchilla_runs(again, 0.01)
@@ -405,6 +408,7 @@ class TrainBackend(LawBackend):
 
 def train_once(config: dict, tokens: str, context_length: int, threads: int, pipe) -> None:
     """In a process of its own: model.py, trained by train.py as the config says. Sends losses, then done or failed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is the server's, which ends this
     try:
         import torch
         import model as transformer                                      # a driver imports siblings, and only in here
@@ -439,7 +443,7 @@ def train_once(config: dict, tokens: str, context_length: int, threads: int, pip
             return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
 
         def log(line: str) -> None:                                      # sends even nothing new: is the server there?
-            losses.extend(map(float, re.findall(r"\| valid (\S+) nats", line)))
+            losses.extend(map(float, re.findall(r"valid (\S+) nats", line)))
             pipe.send(("losses", losses))
         data = (train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
                 for split in ("train", "valid"))
@@ -742,8 +746,13 @@ def sweep(args, url: str, out: Path) -> list[dict]:
     os.replace(part, out)                                                # whole lines alone
     began, spent = time.perf_counter(), 0
     with ThreadPoolExecutor(args.workers) as pool, open(out, "a") as file:
-        answers = pool.map(lambda query: ask(url, "loss", **query, api_key=args.api_key[0]), todo)
+        answers = [pool.submit(ask, url, "loss", **query, api_key=args.api_key[0]) for query in todo]
         for count, (query, answer) in enumerate(zip(todo, answers), 1):
+            try:
+                answer = answer.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)                       # what was not asked yet is not asked
+                raise
             print(json.dumps(query | answer), file=file, flush=True)
             spent += query["train_flops"]
             left = (time.perf_counter() - began) * (cost / spent - 1)
@@ -751,11 +760,6 @@ def sweep(args, url: str, out: Path) -> list[dict]:
                   f"{query['learning_rate']:g} | loss {answer['loss']:.4f} | {answer.get('backend')} | "
                   f"eta {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
     return [run for run in load_runs(out) if identity(run) in set(map(identity, queries))]
-
-
-def fit(runs: list[dict], picture: Path) -> dict:
-    """`compare` on runs of a sweep."""
-    return compare(*([run[name] for run in runs] for name in ("parameters", "train_flops", "loss")), picture)
 
 
 def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
@@ -768,8 +772,7 @@ def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
         tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, [train.END_OF_TEXT]), [train.END_OF_TEXT])
         for split in ("train", "valid"):
             bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
-    backend = LawBackend() if args.backend == "law" else TrainBackend(
-        tokens, args.context_length, args.threads)
+    backend = LawBackend() if args.backend == "law" else TrainBackend(tokens, args.context_length, args.threads)
     store = Store(folder / "store.sqlite", backend, args.workers, args.flop_budget, args.second_budget)
     return Server(store, args.api_key, ranges, args.seed, port)
 
@@ -779,7 +782,7 @@ def run(args) -> int:
     began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
     server = make_server(args, HOME, folder, 0)
     try:
-        fits = fit(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
+        fits = compare(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
         wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
         backend = server.store.backend
         size = lambda query: backend.count_parameters(from_query(query, backend, 0)["architecture_config"])
@@ -834,8 +837,8 @@ def main() -> int:
     parser.add_argument("pairs", nargs="*", metavar="name=value", help="query: what to ask /loss for")
     numbers, whole = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (float, int))
     for flag, kind, default, text in (
-            ("--seed", int, 0, "of weights and data order"), ("--backend", str, "law", "serve, run: train or law"),
-            ("--port", int, 8000, "serve"), ("--ranges", str, "course", "serve: course, or home for small models"),
+            ("--seed", int, 0, "of weights and data order"), ("--backend", ("law", "train"), "law", "serve, run"),
+            ("--port", int, 8000, "serve"), ("--ranges", ("course", "home"), "course", "serve: home for small models"),
             ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit)"),
             ("--flop-budget", float, 2e18, "2025, of a key"), ("--second-budget", float, 43200.0, "2026, of a key"),
             ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 128, "train: tokens"),
@@ -845,7 +848,8 @@ def main() -> int:
             ("--widths", whole, [12, 16, 20, 24, 32, 40, 48, 56], "d_model"), ("--layers", int, 2, "num_layers"),
             ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 8, "sequences"),
             ("--rate", float, 0.01, "learning rate at width 64; it goes as 1 / width")):
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default {default})")
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
     args = parser.parse_intermixed_args()
@@ -857,14 +861,17 @@ def main() -> int:
             ranges = {"course": COURSE, "home": HOME}[args.ranges]
             server = make_server(args, ranges, args.out, args.port)
             print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
-            threading.Event().wait()
+            try:
+                threading.Event().wait()
+            finally:
+                server.stop()
         elif args.command == "query":
-            pairs = dict(pair.split("=", 1) for pair in args.pairs)
+            pairs = dict(pair.partition("=")[::2] for pair in args.pairs)
             print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0], **pairs)))
         elif args.command == "sweep":
             sweep(args, args.url, args.out / "runs.jsonl")
         elif args.command == "fit":
-            fit(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
+            compare(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
         else:
             return run(args) if args.command == "run" else bench() or 0
     except (Refused, ValueError, OSError) as error:
