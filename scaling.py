@@ -7,7 +7,8 @@ Source:     Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556, section 3 and a
             arXiv:2001.08361, figure 5 and D.6 (the `law` backend); Yang et al. 2022, arXiv:2203.03466 (rate ~ 1/width).
 Deviations: 1. The parametric fit runs Levenberg-Marquardt from the best 48 of Chinchilla's 4,500 starts, not L-BFGS
             from all. 2. In real training N counts every weight that multiplies, so the head but not the input table.
-            3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend.
+            3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend. 4. Validation
+            is on the same 512 windows for every run, in the training batch's size: val_batch_size changes nothing.
 Copy:       this file alone; needs numpy. `--backend train` also wants model.py, optim.py, train.py, bpe.py and torch.
 Run:        python scaling.py                     the three fits on made-up runs, what goes wrong, the self-check
 """
@@ -319,9 +320,10 @@ def check(value, rule, name: str, out_of_range: int = 422):
     if callable(rule):
         return rule(value)
     if isinstance(value, bool) or not isinstance(value, (int, float, str) if isinstance(rule, set) else (int, float)):
-        refuse("a number or a word")
+        refuse("a number" if isinstance(rule, tuple) else "a number or a word")
     if isinstance(rule, set):
-        return value if value in rule else refuse(f"one of {', '.join(map(str, sorted(rule)))}", out_of_range)
+        allowed = {member: member for member in rule}                    # 128.0 is 128
+        return allowed[value] if value in rule else refuse(f"one of {', '.join(map(str, sorted(rule)))}", out_of_range)
     kind, low, high = rule
     if not low <= value <= high:                                         # NaN as well
         refuse(f"in range [{low}, {high}]", out_of_range)

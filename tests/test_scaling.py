@@ -191,7 +191,7 @@ def test_2025_protocol(serve):
     penalty = 1 + 0.02 * math.log(1e-3 / best) ** 2 + 0.004 * math.log(512 / 8 / 50) ** 2
     assert abs(answer["loss"] / (law * penalty) - 1) < 0.01              # five standard deviations of the noise
     assert ask("/loss", **QUERY) == (200, answer), "a repeated configuration is free"
-    assert ask("/loss", **QUERY | {"train_flops": "1e+15", "learning_rate": "0.001"}) == (200, answer), "as floats are sent"
+    assert ask("/loss", **QUERY | {"train_flops": "1e+15", "batch_size": "128.0", "learning_rate": "0.001"}) == (200, answer), "as floats are sent"
     assert ask("/total_flops_used", api_key="local") == (200, 1e15)
     assert ask("/total_flops_used", api_key="other") == (200, 0)
     assert ask("/previous_runs", api_key="local") == (200, {"previous_runs": [QUERY | {"loss": answer["loss"], "backend": "law"}]})
