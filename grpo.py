@@ -6,7 +6,16 @@ What:       Sample several answers to a question, grade each by rule, and make t
 Source:     Shao et al. 2024, arXiv:2402.03300 (GRPO); DeepSeek-AI 2025, arXiv:2501.12948 (R1-Zero rewards);
             Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO); Yu et al. 2025, arXiv:2503.14476 (DAPO);
             Zheng et al. 2025, arXiv:2507.18071 (GSPO); Anthony et al. 2017, arXiv:1705.08439 (expert iteration).
-Copy:       this file alone; needs torch. main() alone imports siblings (bpe, model, optim, sft). MIT.
+Deviations: 1. No KL term, as in Dr. GRPO and DAPO. 2. An answer whose advantage is 0 has no gradient; it is counted and
+            not computed. 3. The logged entropy is E[-log p] over the sampled tokens, not a sum over the vocabulary.
+Copy:       this file alone; needs torch. run() alone imports siblings (bpe, model, optim, sft). MIT.
+Run:        python grpo.py --explain
+            truth 0.5 | </think> <answer> 0.4 </answer>                  reward 0  advantage -0.8660
+            truth 0.5 | 1/2                                              reward 0  advantage -0.8660
+            truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
+            ...
+            hand-worked to 1.3e-08  OK
+            python grpo.py     trains the embedded model; --model FOLDER --data FILE the real one
 """
 from __future__ import annotations
 
@@ -37,6 +46,7 @@ from torch import Tensor
 MAX_ANSWER = 256
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
 UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm".split())
+NO_UNITS = {"pi", "sqrt", "and", "or", "to"}
 SPELLING = [("\u2212", "-"), ("\u00d7", r"\times"), ("\u00f7", "/"), ("\u00b0", ""), ("\u03c0", r"\pi"),
             ("\u221e", r"\infty"), ("\u00a0", " "), (r"\left", ""), (r"\right", ""), (r"\dfrac", r"\frac"),
             (r"\tfrac", r"\frac"), (r"\cfrac", r"\frac"), (r"\displaystyle", ""), (r"^{\circ}", ""), (r"^\circ", ""),
@@ -97,7 +107,7 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
     unit = re.sub(r"\^\{?([23])\}?", r"\1", " ".join(words))
     if not unit or unit == "%" or unit == "percent":
         return value, "%" if unit else ""
-    if re.fullmatch(r"[a-z][a-z.]*[23]?(?:[ /][a-z][a-z.]*[23]?)*", unit) and (
+    if re.fullmatch(r"[a-z][a-z.]*[23]?(?:[ /][a-z][a-z.]*[23]?)*", unit) and not NO_UNITS & set(words) and (
             unit.rstrip("23.") in UNITS or (rest.startswith(" ") and len(unit) > 1)):
         return value, unit.rstrip(".")
     return None
@@ -811,12 +821,14 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
     history = train_grpo(
         model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
-        encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir, resume=args.resume)
+        encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
+        resume=args.resume)
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
+    first, last = history[0], history[-1]
     print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
-                                  "before": history[0].get("accuracy"), "after": history[-1].get("accuracy"),
-                                  "greedy_before": history[0].get("greedy"), "greedy_after": history[-1].get("greedy")}))
+                                  "before": first.get("accuracy"), "after": last.get("accuracy"),
+                                  "greedy_before": first.get("greedy"), "greedy_after": last.get("greedy")}))
 
 
 if __name__ == "__main__":

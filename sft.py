@@ -5,7 +5,16 @@ What:       The tensors of fine-tuning (ids, labels, masks, log-probabilities, e
             a checkable answer, made by a seeded generator, on which all of it runs on a laptop.
 Source:     Ouyang et al. 2022, arXiv:2203.02155 (SFT); Taori et al. 2023, Alpaca (the prompt template);
             Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (DPO).
-Copy:       this file alone; needs torch. main() alone imports siblings (bpe, model, optim, train, grpo). MIT.
+Deviations: 1. Packed chunks attend across the documents in them. 2. DPO scores the templated text whole; the prompt's
+            share cancels. 3. The embedded demonstrations are right but mostly do not think: what a reward can mend.
+Copy:       this file alone; needs torch. run() and make_base() import siblings (bpe, model, optim, train, grpo). MIT.
+Run:        python sft.py --explain
+            log p of the outputs: -3.992 and -6.185 nats, summed (uniform: -4.796)
+            SFT loss: minus their mean over 2 examples, 5.089; by 4 accumulation steps, 1.272
+            ...
+            chunked = plain to 0.0e+00  OK
+            python sft.py     base model and SFT on the embedded task; --model FOLDER --data FILE for the real thing;
+                              also sft.py instruct, sft.py dpo, sft.py eval
 """
 from __future__ import annotations
 
