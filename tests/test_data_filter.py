@@ -201,6 +201,16 @@ def test_linear_time(piece):
     assert len(d.extract_text(piece * 20_000)) <= 20 * len(piece) * 20_000
 
 
+def test_no_step_takes_long_on_hostile_text():
+    for piece in ("!", "*", "a", "a ", "a.", "1", "1.", "1-", "@", "a@", "a@a.", "you ", "fuck ", "f*", "\n", "...", "(2", "é", "日", "\u0301", ". idiot"):
+        text = (piece * 40_000)[:40_000]
+        for step in STEPS:
+            start = time.process_time()
+            step(text)
+            # Linear time takes up to 0.1 s here; quadratic time, tens of seconds.
+            assert time.process_time() - start < 3, (step, piece)
+
+
 def test_extraction_invents_no_token():
     rng = random.Random(1)
     for _ in range(300):
@@ -208,6 +218,10 @@ def test_extraction_invents_no_token():
         page = "".join(rng.choice(["<p>", "</p>", "<li>", "<ul>", "<b>", " ", "<td>", "<br>", "<!-- -->", "<a href='q'>", "</div>", "\n"]) + w for w in words)
         got = [t for t in d.extract_text(page).split() if t != "•"]
         assert "".join(got) == "".join(words)                        # nothing lost, nothing new, in order
+
+
+STEPS = (d.identify_language, d.gopher_reasons, d.repetition_reasons, d.fineweb_reasons, d.c4_lines, d.classify_nsfw, d.classify_toxic,
+         d.classify_quality, d.mask_emails, d.mask_phone_numbers, d.mask_ips)
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -238,8 +252,7 @@ def test_fuzz():
             page = mutate(rng.choice(pages), rng)
             text = d.extract_text(page)
             assert len(text) <= 40 * len(page) + 100
-            for step in (d.identify_language, d.gopher_reasons, d.repetition_reasons, d.fineweb_reasons, d.c4_lines, d.classify_nsfw,
-                         d.classify_toxic, d.classify_quality, d.mask_emails, d.mask_phone_numbers, d.mask_ips) if i % 10 == 1 else ():
+            for step in STEPS if i % 10 == 1 else ():
                 step(text)
         else:
             data = mutate(rng.choice(archives), rng)
