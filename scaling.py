@@ -876,7 +876,7 @@ def main() -> int:
             compare(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
         else:
             return run(args) if args.command == "run" else bench() or 0
-    except (Refused, ValueError, OSError) as error:
+    except (Refused, ValueError, OSError, ImportError) as error:
         print(f"scaling.py: {error.args[-1] if isinstance(error, Refused) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
