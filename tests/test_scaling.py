@@ -275,6 +275,7 @@ def test_2026_refuses_bad_configs(serve):
     for path, value, message in (
             ("architecture_config.head_dim", 7.5, "head_dim must be a whole number"), ("n_evals", 0, "n_evals must be in range"),
             ("architecture_config.dtype", "float16", "dtype must be one of bfloat16, float32"), ("model_seed", -1, "model_seed"),
+            ("architecture_config.num_key_value_heads", 3, "head_dim even"), ("architecture_config.head_dim", 7, "head_dim even"),
             ("architecture_config.dtype", ["float32"], "dtype must be"), ("architecture_config.extra", 1, "unknown or missing: extra"),
             ("architecture_config.attention_bias", 1, "true or false"), ("n_evals", True, "n_evals must be a number"),
             ("optimizer_config.betas", [0.9], "betas"), ("optimizer_config.betas", [0.9, 1.5], "betas"),
