@@ -634,7 +634,8 @@ class Handler(BaseHTTPRequestHandler):
         if name == "final_submission":
             if self.command == "POST":
                 rule = {"training_config": check_training, "predicted_final_loss": (float, 0, 1e3)}
-                store.sql("INSERT OR REPLACE INTO finals VALUES (?, ?)", key, json.dumps(check(given, rule, "the body")))
+                text = json.dumps(check(given, rule, "the body"))
+                store.sql("INSERT OR REPLACE INTO finals VALUES (?, ?)", key, text)
             for body, in store.sql("SELECT body FROM finals WHERE key = ?", key):
                 return json.loads(body)
             raise Refused(404, "nothing was submitted yet; POST /final_submission first")
