@@ -51,7 +51,9 @@ def test_every_record_before_a_cut_is_kept():
     whole = b"".join(records)
     for cut in list(range(0, len(whole), 7)) + [len(whole)]:
         warnings = Counter()
-        got = [r.url for r in d.read_warc(io.BytesIO(whole[:cut]), warnings)]
+        found = list(d.read_warc(io.BytesIO(whole[:cut]), warnings))
+        got = [r.url for r in found]
+        assert [r.payload for r in found] == [f"<p>page {i} ".encode() * 400 for i in range(len(found))]     # none by halves
         complete = sum(cut >= len(b"".join(records[:i + 1])) - 8 for i in range(6))     # 8: the checksum of the member
         assert len(got) in (complete, complete + 1) and len(got) >= sum(cut >= len(b"".join(records[:i + 1])) for i in range(6))
         ends = [len(b"".join(records[:i])) for i in range(7)]
@@ -62,17 +64,20 @@ def test_cut_plain_and_single_member_archives():
     plain = b"".join(archive(compress=False))
     one = gzip.compress(plain, mtime=0)
     for data in (plain, one):
-        counts = [len(list(d.read_warc(io.BytesIO(data[:cut])))) for cut in range(0, len(data), max(1, len(data) // 300))]
+        pages = [list(d.read_warc(io.BytesIO(data[:cut]))) for cut in range(0, len(data), max(1, len(data) // 300))]
+        assert all(r.payload == f"<p>page {i} ".encode() * 400 for found in pages for i, r in enumerate(found))
+        counts = list(map(len, pages))
         assert counts == sorted(counts) and counts[-1] >= 5
 
 
 def test_corrupt_byte_in_a_single_member_keeps_what_was_before():
     rng = random.Random(0)
-    records = [gzip.decompress(d.warc_record(f"http://a.test/{i}", rng.randbytes(3000))) for i in range(40)]
+    words = [f"w{rng.randrange(5000)}" for _ in range(500)]             # compressible, or deflate stores it and sees no fault
+    records = [gzip.decompress(d.warc_record(f"http://a.test/{i}", " ".join(rng.choices(words, k=600)).encode())) for i in range(40)]
     plain = b"".join(records)
     data = bytearray(gzip.compress(plain, mtime=0))
     middle = len(data) // 2
-    data[middle:middle + 2000] = b"\xff" * 2000
+    data[middle:middle + 2000] = rng.randbytes(2000)
     warnings = Counter()
     got = list(d.read_warc(io.BytesIO(bytes(data)), warnings))
     broken = zlib.decompressobj(31)
@@ -82,7 +87,7 @@ def test_corrupt_byte_in_a_single_member_keeps_what_was_before():
             before += broken.decompress(bytes([byte]))
         except zlib.error:
             break
-    assert warnings == {"corrupt gzip member": 1} or warnings == {"not a WARC record": 1}
+    assert warnings == {"corrupt gzip member": 1}
     before = os.path.commonprefix([before, plain])                   # what zlib makes of the broken bytes does not count
     complete = sum(len(before) >= len(b"".join(records[:i + 1])) - 4 for i in range(40))         # 4: the blank lines behind
     assert len(got) in (complete, complete + 1) and complete >= 15     # the next may be whole in length, with wrong bytes
@@ -329,7 +334,7 @@ def test_masks_count_what_was_planted():
 
 NOT_PHONES = ["2024-01-15", "15.01.2024", "ISBN 978-3-16-148410-0", "ISBN-10: 3161484100", "9783161484100", "$2,831,823.82", "3.14159265358979",
               "v10.4.2831", "1700000000", "0x2831823829", "2831823829123", "12:34:56.789", "f(283, 182, 3829)", "a[2831823]", "+49 30 1234567",
-              "0123456789", "123-45-6789", "4111 1111 1111 1111", "id=2831823829", "#2831823829", "283-1823", "1.2.3.4.5.6", "2001:db8::1"]
+              "0123456789", "123-45-6789", "4111 1111 1111 1111", "id=2831823829", "#2831823829", "283-1823", "44 283 182 3829", "1.2.3.4.5.6", "2001:db8::1"]
 NOT_IPS = ["1.2.3", "1.2.3.4.5", "256.1.1.1", "v1.2.3.4", "version 4.0.30319.1", "1.2.3.4567", "a1.2.3.4", "12.5", "10.1000/182", "3.11.2", "1..2.3.4"]
 
 
