@@ -1,43 +1,46 @@
 """flash_attn_triton.py - exact attention that never writes the T x T scores to memory.
 
-What:       plain attention; FlashAttention-2 in PyTorch, tile by tile, forward and backward; the same in Triton, tuned for
-            NVIDIA Hopper, correct on any CUDA GPU; `flash_attention(q, k, v)` for TransformerLM(config, attention=...).
+What:       plain attention; FlashAttention-2 in PyTorch, tile by tile, forward and backward; the same in Triton, tuned
+            for NVIDIA Hopper; `flash_attention(q, k, v)` for TransformerLM(config, attention=...).
 Source:     Dao 2023, FlashAttention-2, arXiv:2307.08691, Algorithms 1 and 2 (the log-sum-exp L, D = rowsum(dO * O));
             online softmax arXiv:1805.02867; grouped queries arXiv:2305.13245.
 Deviations: 1. The Triton backward is two kernels, one for dQ and one for dK and dV, each of which writes what it owns:
-            no atomics, so the same tiles give the same bits (the paper adds up dQ with atomics).  2. Scores are kept in
-            units of log2, since the hardware's exponential is 2^x.  3. With T != S a causal mask is aligned top-left:
-            query i sees keys 0..i, as in torch's scaled_dot_product_attention.
+            no atomics, so the same tiles give the same bits.  2. Scores are kept in units of log2, since the hardware's
+            exponential is 2^x.  3. With T != S the causal mask is aligned top-left, as torch's: query i sees keys 0..i.
 Copy:       this file alone; needs torch, and triton 3.6 or newer for the kernels (tested: 3.6, 3.9). MIT.
 Run:        python flash_attn_triton.py
+            FlashAttentionTriton: O, dQ, dK, dV equal plain attention in float64 to 1.8e-06  OK
+            python flash_attn_triton.py --bench   (forward + backward, ms; one H200, torch 2.11, triton 3.6, bfloat16)
+              B  H     T    K    ours  SDPA-FA2  SDPA-cuDNN
+              1 16 16384   64    4.54      7.01        4.35
+              4 16  4096  128    2.20      3.59        1.87
+              1 32 32768  128    64.2      93.7        54.9
+            At these sizes the GPU draws all of its 700 W and slows its clock: work costs time even where it overlaps,
+            and two backward kernels do seven products for five. Short sequences (T < 1024) wait for Python: 1 ms.
 """
 import argparse
 import functools
+import itertools
 import math
 import os
 import subprocess
 import sys
-import time
-from typing import NamedTuple
+from collections import namedtuple
+from types import SimpleNamespace
 
 import torch
+import torch._functorch.config
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
 
 try:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
     jit = triton.jit
-except ImportError:                    # no Triton (a Mac): the PyTorch half of this file still works
-    triton = None
-
-    class tl:
-        """Stands in for triton.language, so that the kernels below can at least be defined."""
-        constexpr = None
-
-    def jit(function):
-        """Leaves a kernel as it is."""
-        return function
+except ImportError:                    # no Triton (a Mac): the PyTorch half still works, the kernels are never called
+    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
 
 LOG2_E = math.log2(math.e)
 
@@ -64,7 +67,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
 
 
 def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> tuple[float, int, int]:
-    """FLOPs of one forward pass, and bytes to and from memory: plain, and tiled. A backward pass has 2.5 times the FLOPs.
+    """FLOPs of one forward pass, and bytes to and from memory: plain, and tiled. Backward has 2.5 times the FLOPs.
 
     Plain attention writes and reads the scores, then writes and reads their softmax: 4 T^2 numbers. The tiled versions
     read Q, K, V and write O, each once: 4 T K numbers. `element`: bytes a number.
@@ -88,9 +91,6 @@ class FlashAttentionPyTorch(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """Algorithm 1. Raises: ValueError for shapes that do not belong together."""
         _check(q, k, v)
-        if q.shape[:-2] != k.shape[:-2]:
-            raise ValueError(f"leading dimensions differ: q {tuple(q.shape)}, k {tuple(k.shape)}; "
-                             "repeat k and v for every query head (repeat_interleave), or use FlashAttentionTriton")
         T, S, scale = q.shape[-2], k.shape[-2], q.shape[-1]**-0.5
         wide = torch.promote_types(q.dtype, torch.float32)                          # accumulate in at least float32
         o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=wide)
@@ -158,19 +158,26 @@ def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
 # the copy engine fetch a whole tile in one instruction, bounds checks and shared-memory layout included.
 
 @jit
+def pointers(x, strides, batch, head, row, length, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Addresses of rows [row, row + ROWS) of one head, (ROWS, BLOCK_K), and which of them exist. 64-bit offsets."""
+    rows = row + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_K)
+    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    inside = (rows < length)[:, None]
+    if K < BLOCK_K:
+        inside = inside & (cols < K)[None, :]
+    return start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], inside
+
+
+@jit
 def load_tile(x, strides, batch, head, row, length,
               ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """Rows [row, row + ROWS) of one head, (ROWS, BLOCK_K); zeros beyond the last row and beyond K."""
     if TMA:
         return x.load([batch, head, row, 0]).reshape(ROWS, BLOCK_K)
     else:
-        rows = row + tl.arange(0, ROWS)
-        cols = tl.arange(0, BLOCK_K)
-        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]     # 64 bits: past 2^31 elements
-        inside = (rows < length)[:, None]
-        if K < BLOCK_K:
-            inside = inside & (cols < K)[None, :]
-        return tl.load(start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], mask=inside, other=0.0)
+        at, inside = pointers(x, strides, batch, head, row, length, ROWS, K, BLOCK_K)
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @jit
@@ -180,29 +187,8 @@ def store_tile(x, strides, tile, batch, head, row, length,
     if TMA:
         x.store([batch, head, row, 0], tile.to(x.dtype).reshape(1, 1, ROWS, BLOCK_K))
     else:
-        rows = row + tl.arange(0, ROWS)
-        cols = tl.arange(0, BLOCK_K)
-        start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-        tl.store(start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], tile.to(x.dtype.element_ty),
-                 mask=(rows < length)[:, None] & (cols < K)[None, :])
-
-
-@jit
-def find_line(x, line, length, TMA: tl.constexpr):
-    """Where line `line` of a (lines, length) tensor starts; a descriptor takes the line as a coordinate instead."""
-    if TMA:
-        return x
-    else:
-        return x + line.to(tl.int64) * length
-
-
-@jit
-def load_rows(x, line, row, rows, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """Numbers [row, row + ROWS) of a line from find_line, (ROWS,); `rows` are their indices."""
-    if TMA:
-        return x.load([line, row]).reshape(ROWS)
-    else:
-        return tl.load(x + rows)
+        at, inside = pointers(x, strides, batch, head, row, length, ROWS, K, BLOCK_K)
+        tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -216,35 +202,26 @@ def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @jit
-def key_range(row, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Keys for the queries from `row` on: [0, full) in whole tiles that need no mask, [full, end) in tiles that do."""
-    if CAUSAL:
-        return tl.minimum(row, S) // BLOCK_N * BLOCK_N, tl.minimum(row + BLOCK_M, S)
-    else:
-        return S // BLOCK_N * BLOCK_N, S
-
-
-@jit
 def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_strides, L, scale_log2, one, H, T, S,
                    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
                    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """O and L (B, H, T) for one tile of queries: Algorithm 1, with the running maximum m in units of log2.
 
-    Programs of one head are neighbours, so that its K and V stay in the L2 cache, and begin with the last rows, which
-    have the most work under a causal mask: no long program is left for the end.
+    Programs of one head are neighbours, so that its K and V stay in the L2 cache; they begin with the last rows, which
+    have the most work under a causal mask, so that no long one is left for the end.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    batch = tl.program_id(0) // tiles // H
-    head = tl.program_id(0) // tiles % H
+    batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
     q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-    if q.dtype != tl.float32:          # times 1.0, which the compiler cannot know: Q now counts as computed, goes to the
+    if q.dtype != tl.float32:          # times 1.0, unknown to the compiler: Q now counts as computed, so it goes to the
         q = (q.to(tl.float32) * one).to(q.dtype)     # tensor cores from registers, and leaves its shared memory to K, V
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
-    for MASKED in tl.static_range(2):  # the loop twice: tiles below the diagonal, then those that cross it or the end
+    full = (tl.minimum(row, S) if CAUSAL else S) // BLOCK_N * BLOCK_N       # keys [0, full) in tiles without a mask,
+    end = tl.minimum(row + BLOCK_M, S) if CAUSAL else S                     # then [full, end) in tiles that need one
+    for MASKED in tl.static_range(2):
         for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
             k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 8
@@ -273,8 +250,7 @@ def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strid
     """
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
-    batch = tl.program_id(0) // tiles // H
-    head = tl.program_id(0) // tiles % H
+    batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
     q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     if q.dtype != tl.float32:          # into registers, as in forward_kernel: from 0.73 to 0.63 ms at K = 128
         q = (q.to(tl.float32) * one).to(q.dtype)
@@ -286,7 +262,8 @@ def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strid
     tl.store(stats + line.to(tl.int64) * T_padded + rows, lse)
     tl.store(stats + (line + lines).to(tl.int64) * T_padded + rows, delta)
     dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    full, end = key_range(row, S, CAUSAL, BLOCK_M, BLOCK_N)
+    full = (tl.minimum(row, S) if CAUSAL else S) // BLOCK_N * BLOCK_N
+    end = tl.minimum(row + BLOCK_M, S) if CAUSAL else S
     for MASKED in tl.static_range(2):
         for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
             k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
@@ -308,9 +285,8 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dK and dV for one tile of keys of one key head, summed over the GROUP query heads that share it: Algorithm 2.
 
-    Scores are transposed, (BLOCK_N, BLOCK_M), so that P^T and dS^T come out of one product in the registers where the
-    next one wants them. Queries beyond T need no mask: their Q, dO, L and D are zero, and so is what they add. Keys
-    beyond S make rows that are never stored.
+    Scores are transposed, so that P^T and dS^T come out of one product in the registers where the next wants them.
+    Queries beyond T need no mask: their Q, dO, L and D are zero, and so is what they add. Keys beyond S: never stored.
     """
     tiles = tl.cdiv(S, BLOCK_N)
     col = tl.program_id(0) % tiles * BLOCK_N
@@ -320,6 +296,7 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
     v = load_tile(v_at, v_strides, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    ROWS_BY_TMA: tl.constexpr = TMA and BLOCK_M <= 64      # fewer than threads: plain loads would fetch each many times
     first, full = 0, 0                 # queries [first, full) cross the diagonal; those before see none of these keys
     if CAUSAL:
         first = col // BLOCK_M * BLOCK_M
@@ -327,20 +304,20 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
     for member in range(GROUP):
         head = kv_head * GROUP + member
         line = batch * H + head
-        lse_at = find_line(stats, line, T_padded, TMA and BLOCK_M <= 64)
-        delta_at = find_line(stats, line + lines, T_padded, TMA and BLOCK_M <= 64)
+        lse_at = stats if ROWS_BY_TMA else stats + line.to(tl.int64) * T_padded
+        delta_at = stats if ROWS_BY_TMA else stats + (line + lines).to(tl.int64) * T_padded
         for UNMASKED in tl.static_range(0 if CAUSAL else 1, 2):
             for row in tl.range(full if UNMASKED else first, T if UNMASKED else full, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
                 q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-                lse = load_rows(lse_at, line, row, rows, BLOCK_M, TMA and BLOCK_M <= 64)
+                lse = lse_at.load([line, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(lse_at + rows)
                 sT = tl.dot(k, q.T, input_precision=PRECISION)                      # line 10
                 pT = tl.exp2(sT * scale_log2 - lse[None, :])                        # line 11
                 if not UNMASKED:
                     pT = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= rows[None, :], pT, 0.0)
                 do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
                 dpT = tl.dot(v, do.T, input_precision=PRECISION)                    # line 13
-                delta = load_rows(delta_at, line + lines, row, rows, BLOCK_M, TMA and BLOCK_M <= 64)
+                delta = delta_at.load([line + lines, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(delta_at + rows)
                 dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=PRECISION)     # line 12
                 dsT = pT * (dpT - delta[None, :])                                   # line 14, scaled once at the end
                 dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)      # line 16
@@ -350,12 +327,7 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
 
 # ---- Starting the kernels -------------------------------------------------------------------------------------------
 
-class Tile(NamedTuple):
-    """One way to build a kernel: tile of queries and keys, warps a program, tiles in flight."""
-    m: int
-    n: int
-    warps: int
-    stages: int
+Tile = namedtuple("Tile", "m n warps stages")             # queries and keys a tile, warps a program, tiles in flight
 
 
 def _interpreted() -> bool:
@@ -369,14 +341,14 @@ _fastest: dict[tuple, Tile] = {}
 
 def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[Tile]:
     """The few tiles worth timing, best guess first: what is left of a sweep of some 180 a kernel on an H200."""
-    if dtype == torch.float32:                            # three tf32 products for each one: more registers
-        forward, dq, dkdv = (((64, 64, 4, 2), (64, 32, 4, 2)), ((64, 32, 4, 2), (64, 16, 4, 2)),
-                             ((32, 32, 4, 2), (32, 16, 4, 2))) if K <= 64 else (
-                             ((64, 32, 4, 2), (16, 16, 4, 1)), ((64, 16, 4, 2), (16, 16, 4, 1)),
-                             ((32, 64, 4, 1), (16, 16, 4, 1)))
+    if dtype == torch.float32 and K <= 64:                # three tf32 products for each one: more registers
+        forward, dq, dkdv = ((64, 64, 4, 2), (64, 32, 4, 2)), ((64, 32, 4, 2), (64, 16, 4, 2)), ((32, 32, 4, 2),)
+    elif dtype == torch.float32:
+        forward = dq = ((64, 32, 4, 2), (64, 16, 4, 2), (16, 16, 4, 1))
+        dkdv = ((32, 64, 4, 1), (16, 16, 4, 1))
     elif K > 128:
-        forward, dq, dkdv = (((128, 32, 8, 2), (64, 32, 4, 2)), ((64, 64, 8, 2), (64, 32, 4, 2)),
-                             ((32, 64, 8, 2), (32, 32, 4, 1)))
+        forward = dq = ((64, 32, 4, 2), (128, 32, 8, 2), (64, 64, 8, 2))
+        dkdv = ((32, 64, 8, 2), (32, 32, 4, 1))
     elif not descriptors:                                 # pointers need registers: smaller tiles
         forward = dq = ((64, 64, 4, 3), (128, 64, 8, 3), (64, 32, 4, 2))
         dkdv = ((64, 64, 4, 3), (64, 64, 4, 2), (32, 64, 4, 2))
@@ -390,19 +362,15 @@ def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[T
 
 
 def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descriptors: bool) -> None:
-    """Runs `launch(tile)` with the fastest tile, timing the candidates when a kind of problem is new.
-
-    Lengths count by the power of two above them: triton.autotune would time everything again for every new length.
-    """
+    """Runs `launch(tile)` with the fastest tile, timing the candidates when a kind of problem is new. Lengths count by
+    the power of two above them: triton.autotune would time everything again for every new length."""
     if _interpreted():
         return launch(INTERPRETER_TILE)
     T, S = (min(triton.next_power_of_2(x.shape[-2]), 16384) for x in (q, k))
     key = (kernel, T, S, q.shape[-1], q.shape[1] // k.shape[1], q.dtype, is_causal, descriptors, q.device)
     tiles = _tiles(kernel, q.shape[-1], q.dtype, descriptors)
-    if len(tiles) == 1:
-        return launch(tiles[0])
     if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up before capturing
+        if len(tiles) == 1 or torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up first
             return launch(tiles[0])
         times = []
         for tile in tiles:
@@ -411,8 +379,7 @@ def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descripto
             except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
                 times.append(math.inf)
         if min(times) == math.inf:
-            raise ValueError(f"no tile of the {kernel} kernel fits this GPU at head width {q.shape[-1]} in {q.dtype}; "
-                             "use a 16-bit dtype or a smaller head width")
+            raise ValueError(f"head width {q.shape[-1]} in {q.dtype} does not fit this GPU; use a 16-bit dtype")
         _fastest[key] = tiles[times.index(min(times))]
     launch(_fastest[key])
 
@@ -439,33 +406,31 @@ def _constants(q: Tensor, k: Tensor, is_causal: bool, descriptors: bool, tile: T
 
 def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
     """One line on what is wrong with the arguments, as ValueError."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    instead = "use FlashAttentionPyTorch or plain attention"
+    shapes, instead = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}", "use FlashAttentionPyTorch"
     if q.dim() < 2 or k.dim() != q.dim() or k.shape != v.shape:
         raise ValueError(f"want q (..., T, K), k and v (..., S, K), got {shapes}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"head widths differ: {shapes}")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them")
-    if not q.device == k.device == v.device:
-        raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
-    if q.numel() == 0 or k.numel() == 0:
-        raise ValueError(f"nothing to attend to, a dimension is empty: {shapes}")
-    if not by_triton:
-        return
-    if triton is None:
-        raise ValueError(f"the kernels need triton (pip install triton, on Linux); {instead}")
-    if q.shape[:-3] != k.shape[:-3] or (q.dim() > 2 and q.shape[-3] % k.shape[-3]):
-        raise ValueError(f"leading dimensions must agree, and query heads be a multiple of the key heads: {shapes}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"the kernels take float32, float16 and bfloat16, got {q.dtype}; cast, or {instead}")
-    if not 16 <= q.shape[-1] <= 256:
-        raise ValueError(f"the kernels take head widths 16 to 256, got {q.shape[-1]}; {instead}")
-    if _interpreted() and q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter gets bfloat16 products wrong; use another dtype, or unset TRITON_INTERPRET")
-    if not _interpreted() and not q.is_cuda:
-        raise ValueError(f"the kernels need a CUDA GPU, the tensors are on {q.device}; {instead}, or set TRITON_INTERPRET=1 "
-                         "before Python starts to run them slowly on a CPU")
+    for wrong, message in [
+            (q.shape[-1] != k.shape[-1], f"head widths differ: {shapes}"),
+            (q.numel() == 0 or k.numel() == 0, f"nothing to attend to, a dimension is empty: {shapes}"),
+            (not q.dtype == k.dtype == v.dtype or not q.is_floating_point(),
+             f"q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them"),
+            (not q.device == k.device == v.device, f"q, k, v are on {q.device}, {k.device}, {v.device}; move them"),
+            (not by_triton and q.shape[:-2] != k.shape[:-2], f"leading dimensions differ: {shapes}; repeat k and v for "
+             "every query head (repeat_interleave), or use FlashAttentionTriton"),
+            (by_triton and triton is None, f"the kernels need triton (pip install triton, on Linux); {instead}"),
+            (by_triton and (q.shape[:-3] != k.shape[:-3] or (q.dim() > 2 and q.shape[-3] % max(k.shape[-3], 1) > 0)),
+             f"leading dimensions must agree, and query heads be a multiple of the key heads: {shapes}"),
+            (by_triton and q.dtype not in (torch.float32, torch.float16, torch.bfloat16),
+             f"the kernels take float32, float16 and bfloat16, got {q.dtype}; cast, or {instead}"),
+            (by_triton and not 16 <= q.shape[-1] <= 256,
+             f"the kernels take head widths 16 to 256, got {q.shape[-1]}; {instead}"),
+            (by_triton and not q.is_cuda and not _interpreted(),
+             f"the kernels need a CUDA GPU, the tensors are on {q.device}; {instead} or plain attention, or set "
+             "TRITON_INTERPRET=1 before Python starts to run them slowly on a CPU"),
+            (by_triton and _interpreted() and q.dtype == torch.bfloat16,
+             "Triton's interpreter gets bfloat16 products wrong; cast, or unset TRITON_INTERPRET")]:
+        if wrong:
+            raise ValueError(message)
 
 
 def _fold(x: Tensor) -> Tensor:
@@ -522,9 +487,8 @@ def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Te
             scale, scale * LOG2_E, 1.0, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
 
     def launch_dkdv(tile: Tile) -> None:
-        lines = stats
-        if descriptors and tile.m <= 64:       # fewer numbers than threads: plain loads would fetch each many times
-            lines = TensorDescriptor(stats, list(stats.shape), [T_padded, 1], [1, tile.m])
+        rows_by_tma = descriptors and tile.m <= 64
+        lines = TensorDescriptor(stats, list(stats.shape), [T_padded, 1], [1, tile.m]) if rows_by_tma else stats
         dkdv_kernel[(triton.cdiv(S, tile.n) * B * G,)](
             *inputs(tile), *_operand(dk4, tile.n, descriptors), *_operand(dv4, tile.n, descriptors), lines, B * H,
             scale, scale * LOG2_E, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
@@ -590,34 +554,28 @@ def walk_through() -> None:
     print("Plain attention, batch 1, 16 heads, K 64, causal, bfloat16, forward:")
     for T in (1024, 16384):
         flops, plain, tiled = cost(1, 16, T, 64)
-        print(f"  T {T:5d}: {flops / 1e9:5.1f} GFLOP; plain moves {plain / 1e6:7.1f} MB, {flops / plain:.0f} FLOP a byte; "
-              f"tiled {tiled / 1e6:5.1f} MB, {flops / tiled:.0f} FLOP a byte")
-    print("  An H200 does some 190 bfloat16 FLOPs in the time of one byte: the plain version waits for memory.\n")
-    print("One query, four keys in tiles of two; scores in nats, values 1 to 4:")
+        print(f"  T {T:5d}: {flops / 1e9:5.1f} GFLOP; plain moves {plain / 1e6:7.1f} MB, {flops / plain:.0f} FLOP a "
+              f"byte; tiled {tiled / 1e6:5.1f} MB, {flops / tiled:.0f} FLOP a byte")
+    print("  An H200 does some 190 bfloat16 FLOPs in the time of one byte: the plain version waits for memory.\n\n"
+          "One query, four keys in tiles of two; scores in nats, values 1 to 4:")
     m, l, acc = -math.inf, 0.0, 0.0
     for scores, values in (((1.0, 3.0), (1.0, 2.0)), ((2.0, 5.0), (3.0, 4.0))):
         new_m = max(m, *scores)
-        rescale, p = math.exp(m - new_m), [math.exp(s - new_m) for s in scores]
+        rescale, p, m = math.exp(m - new_m), [math.exp(s - new_m) for s in scores], new_m
         l = l * rescale + sum(p)
         acc = acc * rescale + sum(a * b for a, b in zip(p, values))
-        m = new_m
         print(f"  tile {scores}  max {m:.0f}  old sums x {rescale:.3f}  sum {l:.4f}  output so far {acc / l:.4f}")
     print(f"  L = {m + math.log(l):.4f}, from which the backward pass rebuilds any p = exp(s - L)\n")
 
 
-def relative_error(x: Tensor, reference: Tensor) -> float:
-    """|x - reference| / |reference| over all elements; NaN stays NaN."""
-    return ((x.double() - reference.double()).norm() / reference.double().norm()).item()
-
-
 def errors(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor, is_causal: bool) -> dict[str, float]:
-    """Relative errors of O, dQ, dK, dV against plain attention in float64."""
+    """Relative errors |x - exact| / |exact| of O, dQ, dK, dV, exact being plain attention in float64."""
     def run(function, tensors, do):
         leaves = [x.detach().requires_grad_() for x in tensors]
         out = function(*leaves, is_causal)
         return [out.detach(), *torch.autograd.grad(out, leaves, do)]
     ours, exact = run(attention, (q, k, v), do), run(plain_attention, [x.double() for x in (q, k, v)], do.double())
-    return {name: relative_error(a, b) for name, a, b in zip(("O", "dQ", "dK", "dV"), ours, exact)}
+    return {name: ((a - b).norm() / b.norm()).item() for name, a, b in zip(("O", "dQ", "dK", "dV"), ours, exact)}
 
 
 def self_check(seed: int = 0) -> dict[str, float]:
@@ -643,7 +601,7 @@ def self_check(seed: int = 0) -> dict[str, float]:
                 q, k, v, do = (torch.randn(shape, generator=generator, device=device).to(dtype)
                                for shape in ((*lead, T, K), keys, keys, (*lead, T, K)))
                 error = errors(attention, q, k, v, do, is_causal)
-                limit = 3e-3 if dtype == torch.float16 else 5e-6
+                limit = 5e-6 if dtype == torch.float32 else 3e-3
                 assert all(e < limit for e in error.values()), f"{name}: {error} at {tuple(q.shape)}, {keys}, {dtype}"
                 if dtype == torch.float32:
                     worst[name] = max(worst.get(name, 0.0), *error.values())
@@ -656,12 +614,7 @@ def _median_ms(function) -> float | str:
         function()                                        # warm-up: compiles, times the tiles
         if torch.cuda.is_available():
             return triton.testing.do_bench(function, warmup=10, rep=50, return_mode="median")
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            function()
-            times.append((time.perf_counter() - start) * 1e3)
-        return sorted(times)[2]
+        return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.3).median * 1e3
     except torch.cuda.OutOfMemoryError:
         return "memory"
     except RuntimeError as error:                         # SDPA: "No available kernel" for a dtype or width
@@ -670,56 +623,48 @@ def _median_ms(function) -> float | str:
         return "none"
 
 
-def _ceiling(dtype: torch.dtype, device: str) -> float:
-    """TFLOP/s of a large matrix product here. float32 on a GPU: a third of tf32, for float32 accuracy takes three."""
-    n, before = (8192 if device == "cuda" else 1024), torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")            # tf32
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    rate = 2 * n**3 / _median_ms(lambda: a @ b) / 1e9
-    torch.set_float32_matmul_precision(before)
-    return rate / 3 if dtype == torch.float32 and device == "cuda" else rate
-
-
 def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
     """Median ms of forward, backward and both, causal, beside what one would use instead.
 
     batch 0: as many sequences as make 16384 tokens. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
+    The ceiling is a large matrix product; for float32 on a GPU a third of its tf32 rate: float32 accuracy takes three.
     """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    cuda = torch.cuda.is_available()
+    plain = functools.partial(plain_attention, is_causal=True)
 
-    def sdpa(*backends):
+    def sdpa(backend):
         def run(q, k, v):
-            with sdpa_kernel(list(backends)):
+            with sdpa_kernel(backend):
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return run
 
-    plain, device = functools.partial(plain_attention, is_causal=True), "cuda" if torch.cuda.is_available() else "cpu"
-    versions = {"plain": plain, "SDPA": sdpa(SDPBackend.MATH, SDPBackend.FLASH_ATTENTION),
-                "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
-    if device == "cuda":
-        versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True),
-                    "SDPA-FA2": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION),
-                    "ours": flash_attention}
-    chip = torch.cuda.get_device_name() if device == "cuda" else "CPU (ours: the tiled version in PyTorch)"
-    print(f"{chip}, torch {torch.__version__}, triton {triton.__version__ if triton else 'none'}; causal, {heads} heads; ms")
+    versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "ours": flash_attention,
+                "SDPA-FA2": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if not cuda:
+        versions = {"plain": plain, "SDPA": sdpa(SDPBackend.FLASH_ATTENTION),
+                    "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
+    torch._functorch.config.donated_buffer = False        # lets the compiled backward be timed again and again
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU (ours: tiled, in PyTorch)'}, torch {torch.__version__}, "
+          f"triton {triton and triton.__version__}; causal, {heads} heads; median ms")
     for dtype in dtypes:
-        ceiling = _ceiling(dtype, device)
+        torch.set_float32_matmul_precision("high")        # tf32, for the ceiling only
+        a, b = torch.randn(2, *(8192, 8192) if cuda else (1024, 1024), device="cuda" if cuda else "cpu").to(dtype)
+        ceiling = 2 * len(a)**3 / _median_ms(lambda: a @ b) / 1e9 / (3 if cuda and dtype == torch.float32 else 1)
+        torch.set_float32_matmul_precision("highest")
         print(f"\n{str(dtype)[6:]}, ceiling {ceiling:.1f} TFLOP/s\n   K      T    B pass    "
               + "".join(f"{name:>11}" for name in versions) + "   ours TFLOP/s  of ceiling")
-        for K, T in ((K, T) for K in widths for T in lengths):
-            B = batch or (max(1, 16384 // T) if device == "cuda" else 1)
-            q, k, v = (torch.randn(B, heads, T, K, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-            do, cells = torch.randn_like(q), {}
+        for K, T in itertools.product(widths, lengths):
+            B = batch or (max(1, 16384 // T) if cuda else 1)
+            q, k, v, do = torch.randn(4, B, heads, T, K, device=a.device, dtype=dtype).requires_grad_().unbind()
+            cells = {}
             for name, attention in versions.items():
+                cells[name] = ["memory"] * 3
                 scores = 3 * B * heads * T * T * q.element_size()               # scores, softmax, a gradient
-                if name in ("plain", "compiled") and device == "cuda" and scores > torch.cuda.mem_get_info()[1]:
-                    cells[name] = ["memory"] * 3
+                if name in ("plain", "compiled") and cuda and scores > torch.cuda.mem_get_info()[1]:
                     continue
-                forward = _median_ms(lambda: attention(q, k, v))
-                both = backward = forward
+                forward = backward = both = _median_ms(lambda: attention(q, k, v))
                 if not isinstance(forward, str):
-                    both = backward = _median_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
-                if not isinstance(both, str):
+                    both = _median_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
                     out = attention(q, k, v)
                     backward = _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
                     del out
@@ -733,19 +678,16 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bench", action="store_true", help="time the versions side by side; minutes for the whole grid")
-    parser.add_argument("--lengths", type=int, nargs="+", help="T (default 128 to 65536 on a GPU)")
-    parser.add_argument("--widths", type=int, nargs="+", help="K (default 16 to 128 on a GPU)")
-    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--bench", action="store_true", help="time the versions side by side (whole grid: minutes)")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128 * 2**i for i in range(10)] if cuda else [1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128] if cuda else [64])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--batch", type=int, default=0, help="default: as many sequences as make 16384 tokens")
     args = parser.parse_args()
-    cuda = torch.cuda.is_available()
     if args.bench:
-        bench(args.lengths or ([128 * 2**i for i in range(10)] if cuda else [256, 1024]),
-              args.widths or ([16, 32, 64, 128] if cuda else [64]),
-              [getattr(torch, name) for name in args.dtypes or (["bfloat16", "float32"] if cuda else ["float32"])],
-              args.heads, args.batch)
+        bench(args.lengths, args.widths, [getattr(torch, name) for name in args.dtypes], args.heads, args.batch)
         return 0
     if triton is not None and not cuda and not _interpreted():
         print("No GPU: starting again with TRITON_INTERPRET=1, to run the Triton kernels on the CPU.\n", flush=True)
