@@ -11,14 +11,12 @@ Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
 """
 import argparse
-import base64
 import functools
 import heapq
 import itertools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -42,7 +40,8 @@ CHUNK = 1 << 20                                                 # bytes of a fil
 
 # ---- Pre-tokenization: merges never cross the borders of these pieces ------------------------------------------------
 
-MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")
 PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
             "llama3": MODERN % r"\p{N}{1,3}", "qwen2": MODERN % r"\p{N}"}
 # Where all three start a new pre-token, whatever stands further left or right: between a letter or number and a mark,
@@ -61,8 +60,8 @@ def special_pattern(special_tokens: Iterable[str]) -> str:
 def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
     """The last place where raw can be cut so that each side gives the tokens it gives in the whole; 0 if none is seen.
 
-    A special token or a pre-token starts there, whatever the pattern, and the characters on both sides are no neighbours
-    in any special token. Holds for any text before and after raw, which must start on a character.
+    A special token or a pre-token starts there, whatever the pattern, and the characters on both sides are neighbours
+    in no special token. Holds for any text before and after raw, which must start on a character.
     """
     places, window = regex.compile(f"{CUT}|(?={special_pattern(special_tokens)})"), 4096
     while True:
@@ -182,7 +181,7 @@ class Tokenizer:
     Example: Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"hi"}, [(b"h", b"i")]).encode("hi!") -> [256, 33]
     """
     cache_size = 1 << 17                                        # words remembered; then the cache starts anew
-    fast_from = 1 << 12                                         # characters from which whole chunks pay
+    fast_from = 1 << 11                                         # characters from which whole chunks pay
 
     def __init__(self, vocab: dict[int, bytes], merges: list[Pair], special_tokens: list[str] | None = None, *,
                  pattern: str = "gpt2", ignore_merges: bool = False, normalize: str | None = None):
@@ -194,6 +193,9 @@ class Tokenizer:
             self.ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
         with explained(f"pattern must be one of {', '.join(PATTERNS)}"):
             self._words, self._cache = regex.compile(PATTERNS[pattern]), {}
+        ascii_only = PATTERNS[pattern].replace(r"\p{L}\p{N}]", "A-Za-z0-9]")            # re is twice as fast as regex
+        ascii_only = ascii_only.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]")
+        self._ascii_words = re.compile(ascii_only, re.ASCII)
         self._special, self.special_tokens = re.compile(special_pattern(special_tokens)), {}
         appended = itertools.count(max(self.vocab) + 1)
         for token in special_tokens:
@@ -227,7 +229,7 @@ class Tokenizer:
             ordinary = text[position:match.start() if match else None]
             if self.normalize and not ordinary.isascii():
                 ordinary = unicodedata.normalize(self.normalize, ordinary)
-            for word in self._words.findall(ordinary):
+            for word in (self._ascii_words if ordinary.isascii() else self._words).findall(ordinary):
                 known = cache.get(word)
                 if known is None:
                     if len(cache) >= self.cache_size:
@@ -255,8 +257,8 @@ class Tokenizer:
             return b"".join([self.vocab[i] for i in ids]).decode("utf-8", "replace")
 
     @classmethod
-    def from_files(cls, vocab_path: Source, merges_path: Source, special_tokens: list[str] | None = None) -> "Tokenizer":
-        """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line), tokens written with byte_to_unicode."""
+    def from_files(cls, vocab_path: Source, merges_path: Source, special_tokens: list[str] | None = None):
+        """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line), tokens as byte_to_unicode has them."""
         with explained(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt"):
             lines = Path(merges_path).read_text("utf-8").split("\n")
             lines = [line for line in lines if line and not line.startswith("#version")]
@@ -282,8 +284,8 @@ class Tokenizer:
             odd = [f"{key} = {part[key]!r}" for part in (model, *added.values(), *steps) for key in part
                    if part[key] and key in UNSUPPORTED]
             if odd or not pattern or normalize not in (None, "NFC"):
-                raise ValueError(f"it splits by {splits}, normalizes by {normalize} and sets {odd}; known are the patterns "
-                                 f"of {', '.join(PATTERNS)}, NFC or none, and nothing that sets {', '.join(UNSUPPORTED)}")
+                raise ValueError(f"it splits by {splits}, normalizes by {normalize}, sets {odd}; known are the patterns"
+                                 f" of {', '.join(PATTERNS)}, NFC or none, and no {', '.join(UNSUPPORTED)}")
             vocab, merges = from_printable(model["vocab"], model["merges"], added)
             vocab.update({token["id"]: content.encode() for content, token in added.items()})
             tokenizer = cls(vocab, merges, list(added), pattern=pattern, normalize=normalize,
@@ -353,7 +355,7 @@ def whole_file(path: Source) -> Iterator[BinaryIO]:
 
 # ---- Fast: the same, a whole chunk of bytes at a time ----------------------------------------------------------------
 
-EDGE, SPACE, BLANK, LETTER, NUMBER, OTHER, UNKNOWN = range(7)   # classes of characters; EDGE: no text, or a special token
+EDGE, SPACE, BLANK, LETTER, NUMBER, OTHER, UNKNOWN = range(7)   # classes of characters; EDGE: no text, a special token
 CLASS_OF = np.full(0x110000, UNKNOWN, np.uint8)                 # by code point; filled in as characters turn up
 SAMPLES = ("", " ", "\n", "a", "1", ".")                        # one of each class. Of any three characters, does a
 STARTS = np.array([this != "" and any(match.start() == len(before) for match in   # pre-token start at the second?
@@ -397,9 +399,9 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
         classes[start:end] = EDGE
     starts = STARTS[36 * padded[:N] + 6 * classes + padded[2:N + 2]]                    # (N,) bool
     quote = np.flatnonzero(data == ord("'"))
-    quote = quote[(padded[quote] != OTHER) & (padded[quote] != SPACE)]                  # else it is inside of "('" or " '"
+    quote = quote[(padded[quote] != OTHER) & (padded[quote] != SPACE)]                  # else it is within "('" or " '"
     end = quote + 1 + CONTRACTION[data[quote + 1], data[quote + 2]]
-    whole = (end > quote + 1) & (padded[quote + 2] == LETTER) & (padded[end] == LETTER)  # no special token cuts it short
+    whole = (end > quote + 1) & (padded[quote + 2] == LETTER) & (padded[end] == LETTER)  # no special token cuts it
     starts[quote[whole] + 1] = False
     end = end[whole]
     starts[end[padded[end + 1] == LETTER]] = True
@@ -459,7 +461,7 @@ class KeyTable:
 
 LONG = 64                                                       # words of more bytes are looked up one by one
 MULTIPLIERS = np.random.default_rng(0).integers(0, 2**63, LONG // 8, np.uint64) * np.uint64(2) + np.uint64(1)
-# ORed with eight bytes of text, FILL[n] makes all but the first n 0xFF, which UTF-8 never contains: no two words get alike
+# ORed with eight bytes of text, FILL[n] makes all but the first n 0xFF, which no UTF-8 has: no two words become alike
 FILL = np.array([2**64 - 2**(8 * n) for n in range(8)] + [0], np.uint64)
 
 
@@ -471,7 +473,7 @@ class WordTable:
     """
 
     def __init__(self, first_words: Iterable[str] = ()):
-        self.table, self.others, self.text = KeyTable(), {}, bytearray(LONG)            # ends with LONG bytes of padding
+        self.table, self.others, self.text = KeyTable(), {}, bytearray(LONG)            # ends with LONG zeros
         self.starts, self.lengths = np.zeros(1, np.int64), np.zeros(1, np.int64)
         for word in map(str.encode, first_words):
             self.numbers(word, np.array([0]), np.array([len(word)]))
@@ -479,7 +481,7 @@ class WordTable:
 
     def numbers(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """The numbers of the words that stand in raw at starts; words not seen before are added. Returns int32 (P,)."""
-        eight = np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))           # at any position, the next 8 bytes
+        eight = np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))           # the 8 bytes from any place
         keys = eight[starts] | FILL[np.minimum(lengths, 8)]
         long = np.flatnonzero(lengths > 8)                      # for these: all their bytes, in rows of eight
         clipped = np.minimum(lengths[long], LONG)
@@ -488,7 +490,7 @@ class WordTable:
         row = np.arange(len(owner)) - first_row[owner]
         fill = FILL[np.minimum(clipped[owner] - 8 * row, 8)]
         rows = eight[starts[long][owner] + 8 * row] | fill
-        if long.size:                                           # 56 bits of hash, below a byte that UTF-8 never contains
+        if long.size:                                           # 56 bits of hash, below a byte that no UTF-8 has
             hashed = np.add.reduceat(rows * MULTIPLIERS[row], first_row)
             keys[long] = ((hashed ^ (hashed >> np.uint64(32))) * MULTIPLIERS[1] >> np.uint64(8)) | np.uint64(0xFE << 56)
         numbers = self.table.get(keys)
@@ -502,7 +504,7 @@ class WordTable:
         same[owner[(eight[self.starts[found][owner] + 8 * row] | fill) != rows]] = False
         wrong, eight = long[~same], None                        # over LONG bytes, or two words with one hash
         if wrong.size:
-            words = [raw[start:start + length] for start, length in zip(starts[wrong].tolist(), lengths[wrong].tolist())]
+            words = [raw[start:end] for start, end in zip(starts[wrong], (starts + lengths)[wrong])]
             first = {word: i for i, word in zip(wrong.tolist(), words) if word not in self.others}
             self.others.update(zip(first, itertools.count(len(self.lengths))))
             at = np.fromiter(first.values(), np.int64)
@@ -531,8 +533,9 @@ def count_words(ranges: list[tuple[int, int]]) -> tuple[bytes, np.ndarray, np.nd
 
 def count_file(path: str, special_tokens: list[str], num_processes: int | None, log: Log) -> tuple[Any, ...]:
     """count_words over the whole file, by several processes, special tokens left out."""
-    words, totals, special = WordTable(special_tokens), np.zeros(0, np.int64), special_pattern(special_tokens).encode()
-    for text, lengths, counts in over_file(count_words, path, re.compile(special), special_tokens, num_processes, log, 8):
+    words, totals = WordTable(special_tokens), np.zeros(0, np.int64)
+    special = re.compile(special_pattern(special_tokens).encode())
+    for text, lengths, counts in over_file(count_words, path, special, special_tokens, num_processes, log, 8):
         numbers = words.numbers(text, np.cumsum(lengths) - lengths, lengths)
         totals = np.append(totals, np.zeros(len(words.lengths) - len(totals), np.int64))
         totals[numbers] += counts
@@ -545,7 +548,7 @@ MIRROR = bytes(range(255, -1, -1))
 
 
 def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
-    """A key by which the greatest pair sorts first: every byte mirrored, each string ended by a mark above all bytes."""
+    """A key by which the greatest pair sorts first: bytes mirrored, each string ended by a mark above all of them."""
     return "\u0100".join([tokens[i].translate(MIRROR).decode("latin-1") for i in (left, right)]) + "\u0100"
 
 
@@ -563,7 +566,7 @@ def merge_words(text: bytes, lengths: np.ndarray, counts: np.ndarray, num_merges
     All words stand in one row. What is merged away stays there until the row is next closed up; links jump over it. For
     each pair a heap has its count and `places` the positions where it was seen, both of them upper bounds (new places
     come with new symbols only): a pair that is popped is counted again. Pairs rarer than `floor` are left out until the
-    heap is empty; then the row is closed up and all pairs are taken anew, with a lower floor, a few times in a training.
+    heap is empty; then the row is closed up and all pairs are taken anew, with a lower floor.
     """
     symbol, weight = in_a_row(np.frombuffer(text, np.uint8), lengths), in_a_row(np.repeat(counts, lengths), lengths)
     tokens, merges, heap, places, floor = [bytes([i]) for i in range(256)], [], [], {}, None
@@ -574,13 +577,13 @@ def merge_words(text: bytes, lengths: np.ndarray, counts: np.ndarray, num_merges
         nonlocal floor
         order = keys.argsort()
         keys, at = keys[order], at[order]
-        begins = np.flatnonzero(np.diff(keys, prepend=-1))
-        sums, ends = np.add.reduceat(weight[at], begins), np.append(begins[1:], len(keys))
+        begins = np.concatenate([[True], keys[1:] != keys[:-1]]).nonzero()[0]
+        sums = np.add.reduceat(weight[at], begins)
         floor = floor or max(1, int(sums.max()) // 20)
-        for i in np.flatnonzero(sums >= floor).tolist():
-            pair = pair_of(int(keys[begins[i]]))
-            places[pair] = at[begins[i]:ends[i]].copy()
-            heapq.heappush(heap, (-int(sums[i]), tie_key(*pair, tokens), pair))
+        often = (sums >= floor).nonzero()[0]
+        for i, pair, count in zip(often.tolist(), map(pair_of, keys[begins[often]].tolist()), sums[often].tolist()):
+            places[pair] = at[begins[i]:begins[i + 1] if i + 1 < len(begins) else None].copy()
+            heapq.heappush(heap, (-count, tie_key(*pair, tokens), pair))
 
     while len(merges) < num_merges:
         if not heap:                                            # close up the row and take all pairs anew
@@ -631,7 +634,7 @@ class FastEncoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, pairs = tokenizer, np.array(list(tokenizer.ranks), np.int64).reshape(-1, 2)
-        self.ranks = KeyTable()                                 # of pairs, in order: a pair's number is its rank, plus 1
+        self.ranks = KeyTable()                                 # of pairs, in order: number = rank + 1
         self.ranks.add((pairs[:, 0] << 32 | pairs[:, 1]).view(np.uint64))
         self.merged = np.array([0] + [new for _, new in tokenizer.ranks.values()])
         self.byte_ids = np.array(tokenizer.byte_id)
@@ -653,7 +656,11 @@ class FastEncoder:
         lengths = self.words.lengths[len(self.counts):]
         if lengths.size:
             text = np.frombuffer(self.words.text[-LONG - int(lengths.sum()):-LONG], np.uint8)
-            ids, counts = self.merge(text, lengths)
+            many = int(np.argmax(np.append(lengths, LONG + 1) > LONG))          # the longest words were added last, and
+            ids, counts = self.merge(text[:lengths[:many].sum()], lengths[:many])      # are merged one by one
+            for end, length in zip(np.cumsum(lengths)[many:], lengths[many:]):
+                long = self.tokenizer.merge_word(text[end - length:end].tobytes())
+                ids, counts = np.append(ids, long), np.append(counts, len(long))
             self.begins = np.append(self.begins, len(self.ids) + np.cumsum(counts) - counts)
             self.counts, self.ids = np.append(self.counts, counts), np.append(self.ids, ids.astype(self.ids.dtype))
         return self.ids[spread(self.begins[numbers], self.counts[numbers])]
@@ -705,7 +712,7 @@ def share(*state: Any) -> None:
 
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
               log: Log, step: int = 1) -> Iterator:
-    """function(ranges) for `step` ranges after another of a file, in order, by processes where SHARED is (path, shared)."""
+    """function(ranges) for every `step` ranges of a file, in order, by processes in which SHARED is (path, shared)."""
     if (size := os.path.getsize(path)) == 0:
         raise ValueError(f"{path} is empty; give it some text")
     ranges, report = file_ranges(path, special_tokens), progress(f"{function.__name__}: bytes", size, log)
@@ -730,11 +737,12 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
     Raises: ValueError for a vocabulary too small, bad special tokens, an empty file or one that is not UTF-8.
     Example: train_bpe("corpus.txt", 10_000, ["<|endoftext|>"])
     """
-    path, special, num_merges = os.fspath(input_path), special_pattern(special_tokens), vocab_size - 256 - len(special_tokens)
+    special_pattern(special_tokens)                             # raises if they are no good
+    path, num_merges = os.fspath(input_path), vocab_size - 256 - len(special_tokens)
     if overlapping := [(a, b) for a, b in itertools.permutations(special_tokens, 2) if a in b]:
         raise ValueError(f"special tokens overlap: %r is part of %r; leave one out of the training" % overlapping[0])
     if num_merges < 0:
-        raise ValueError(f"vocab_size {vocab_size} is too small: bytes and special tokens need {vocab_size - num_merges}")
+        raise ValueError(f"vocab_size {vocab_size} is too small for {vocab_size - num_merges} bytes and special tokens")
     merges = merge_words(*count_file(path, special_tokens, num_processes, log), num_merges, tie_key, log)
     if len(merges) < num_merges and log:
         log(f"stopped early: no pair is left after {len(merges):,} merges of {num_merges:,}")
@@ -801,59 +809,33 @@ def self_check(seed: int = 0) -> None:
         text = "".join(rng.choice(pieces, rng.integers(0, 60)))
         ids = tokenizer.encode_plain(text)
         assert tokenizer.decode(ids) == text
-        assert ids == tokenizer.fast.encode(text.encode()).tolist() == list(tokenizer.encode_iterable(text, 9)), repr(text)
+        assert ids == tokenizer.fast.encode(text.encode()).tolist() == list(tokenizer.encode_iterable(text, 9)), text
 
 
-def timed(*command: Any) -> tuple[float, float, str]:
-    """Seconds, peak MB and output of a whole process; the output is empty if it failed."""
-    began = time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    return time.perf_counter() - began, usage.ru_maxrss / 1024, output.strip() if status == 0 else ""
-
-
-def bench(text: str | None, peer_python: str, repeats: int = 3) -> None:
-    """Whole processes from file to file, ours and another library's in turn: median seconds, peak memory, same results.
-
-    The others run in tests/fixtures/bpe_peers.py. A vocabulary of 50,257 is learnt from the text first, for the encoding.
-    """
-    folder, end, peers = Path(tempfile.mkdtemp()), ["<|endoftext|>"], Path(__file__).parent / "tests/fixtures/bpe_peers.py"
-    if not text:
-        sources = [path.read_bytes() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))]
-        (folder / "text").write_bytes(end[0].encode().join(source for source in sources if source.isascii()))
-        text = str(folder / "text")
-    vocab, merges = train_bpe(text, 50_257, end, log=None)
-    Tokenizer(vocab, merges, end).save(folder / "t.json")
-    (folder / "ranks").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in vocab.items() if i != 256))
-    order = sorted(range(256), key=byte_to_unicode().__getitem__)          # tokenizers numbers the bytes in this order
-    ties = {"rustbpe": lambda a, b, _: (a, b), "tokenizers": lambda a, b, _: [order.index(i) if i < 256 else i for i in (a, b)]}
-    print(f"{os.path.getsize(text) / 1e6:.1f} MB, Python {sys.version.split()[0]}, numpy {np.__version__}, regex "
-          f"{regex.__version__}; medians of {repeats}\n{'task':25}{'ours':>16}{'other':>16}  ratio  results")
-    for task, peer, option, size in [("encode", "tiktoken", "processes", 1), ("encode", "tiktoken", "processes", 2),
-                                     ("train", "rustbpe", "vocab-size", 10_000), ("train", "tokenizers", "vocab-size", 10_000),
-                                     ("train", "rustbpe", "vocab-size", 32_000)]:
-        extra = {"train": [], "encode": ["--tokenizer", folder / "t.json"]}[task]
-        ours = [sys.executable, __file__, task, "--input", text, "--out", folder / "ours", f"--{option}", size, *extra]
-        other = [peer_python, peers, peer, text, folder / "other.npy", *([folder / "ranks"] if extra else []), size]
-        runs = [(timed(*ours), timed(*other)) for _ in range(repeats)]
-        (mine, my_mb, _), (theirs, mb, version) = (sorted(side)[repeats // 2] for side in zip(*runs))
-        result = f"{peer} not found in {peer_python}"
-        if version and task == "encode":
-            result = "same" if (folder / "ours").read_bytes() == (folder / "other.npy").read_bytes() else "DIFFERENT"
-        elif version:
-            merges = train_bpe(text, size, end, log=None, tie_key=ties[peer])[1]
-            same = [(a + b).hex() for a, b in merges] == json.loads((folder / "other.npy").read_bytes())
-            result = "same" if same else "DIFFERENT"
-        print(f"{task}, {size:,} {option:13}{mine:7.2f}s {my_mb:4.0f} MB{theirs:8.2f}s {mb:4.0f} MB {theirs / mine:5.2f}x  "
-              f"{peer} {version}: {result}", flush=True)
-    shutil.rmtree(folder)
+def bench(text: str | None, peer_python: str) -> None:
+    """Speed in this process; then, where tests/fixtures/bpe_peers.py is, whole processes beside other libraries'."""
+    with tempfile.TemporaryDirectory() as folder:
+        if not text:                                            # this Python's own library
+            text, sources = f"{folder}/text", sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
+            Path(text).write_bytes(b"<|endoftext|>".join(filter(bytes.isascii, map(Path.read_bytes, sources))))
+        size, times = os.path.getsize(text) / 1e6, []
+        for _ in range(3):
+            start = time.perf_counter()
+            vocab, merges = train_bpe(text, 10_000, ["<|endoftext|>"], log=None)
+            trained = time.perf_counter()
+            encode_file(Tokenizer(vocab, merges, ["<|endoftext|>"]), text, f"{folder}/ids.npy", 1)
+            times.append((trained - start, time.perf_counter() - trained))
+        for what, taken in zip(("train 10,000, all cores", "encode, one process"), map(sorted, zip(*times))):
+            print(f"{what:24}{taken[1]:6.2f}s  (min {taken[0]:.2f}, max {taken[2]:.2f}){size / taken[1]:8.1f} MB/s")
+        peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"
+        if peers.exists():
+            subprocess.run([peer_python, peers, "table", text, sys.executable, __file__], check=False)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bpe.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", choices=["train", "encode", "decode", "inspect", "bench"], help="none: explain and check itself")
+    add("command", nargs="?", choices=["train", "encode", "decode", "inspect", "bench"], help="none: explain itself")
     add("--input", help="a UTF-8 text; for decode, a .npy of token ids")
     add("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text (default: print it)")
     add("--tokenizer", default="out/bpe/tokenizer.json")
