@@ -21,7 +21,7 @@ Measured:   2-core CPU: 98.7% of the 20-word and 100% of the 80-word pieces of t
             languages, right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1's at 0.46 of its speed, 22 MB/s
             a core, and 20 times trafilatura's (tests/fixtures/make_data_filter.py languages, pydoc).
 """
-import argparse, ast, codecs, contextlib, functools, gzip, html, io, json, math, os, random, re, struct, sys, time
+import argparse, ast, codecs, contextlib, functools, gzip, html, io, json, math, os, pydoc, random, re, struct, sys, time
 import unicodedata, zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -847,6 +847,8 @@ def write_sample(out: str, seed: int = 0) -> None:
             goods = [f"{rng.choice(words)} {rng.choice(words)} $9 Add to cart!" for _ in range(size // 5)]
             plant(f"shop/{i}", "dropped", page(*goods))
             plant(f"spam/{i}", "dropped", page(" ".join(rng.choices(rng.sample(words, 9), k=size)) + "."))
+    for module in (argparse, ast, gzip, html, json, random, re, struct, zlib):       # what pydoc makes of a module
+        records.append(warc_record("http://sample.test/pydoc/" + module.__name__, pydoc.html.document(module).encode()))
     for i in range(20):                                              # five pages in four copies, alike but for one line
         near = rng.sample(prose, 8) if i % 4 == 0 else near
         plant(f"duplicate/{i}", "kept", page(*near, f"This copy was made on day number {i} of the year."), group=i // 4)
