@@ -29,6 +29,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -729,7 +730,7 @@ def table(run_dirs: list[str]) -> None:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
         measured, steps = [x for x in lines if "accuracy" in x], [x for x in lines if "reward" in x]
-        shown = [f"{xs[0][key]:{digits}} -> {xs[-1][key]:{digits}}" for xs, key, digits in (
+        shown = [f"{xs[0][key]:{digits}} -> {xs[-1][key]:{digits}}" if xs else "" for xs, key, digits in (
             (measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"),
             (steps, "length", ".1f"))]
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
@@ -748,7 +749,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
     add("--engine", default="torch", choices=["torch", "vllm"])
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only"])
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"],
+        help="coin: by a hash of the answer, to time steps of a model that knows nothing")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
     add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
@@ -799,7 +801,9 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
                              checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     end = sft.end_of_text_id(tokenizer)
-    reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward}[args.reward]
+    reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
+                 "coin": lambda response, truth: {"reward": float(zlib.crc32(response.encode()) % 2),
+                                                  "format_reward": 0.0, "answer_reward": 0.0}}[args.reward]
     options = dict(dtype=dtype) if args.engine == "torch" else dict(dtype=args.dtype, sleeps=args.device != "cuda:1")
     engine = open_engine(args.engine, model, tokenizer, source, end, **options)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
@@ -812,6 +816,8 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
             return sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask)["log_probs"], mask
 
     def evaluate() -> dict:
+        if not held_out:
+            return {}
         engine.sync(model)
         both = [sft.log_generations(engine, tokenizer, held_out, reward_fn, temperature=temperature, seed=config.seed,
                                     max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=["</answer>"])

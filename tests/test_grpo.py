@@ -354,3 +354,48 @@ def test_command_line_says_one_line(capsys):
 
 def test_self_check():
     assert grpo.self_check() < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small random model with its tokenizer, and problems in GSM8K's form."""
+    import bpe
+    import model as model_py
+    path, tokenizer = tmp_path_factory.mktemp("model"), bpe.Tokenizer.from_file(FIXTURES / "sft_tiny" / "tokenizer.json")
+    torch.manual_seed(0)
+    model_py.save_hf(model_py.TransformerLM(model_py.ModelConfig(
+        vocab_size=320, context_length=256, d_model=16, num_layers=1, num_heads=2)), path, tokenizer)
+    (path / "gsm8k.jsonl").write_text("".join(json.dumps({"question": f"{i}+1?", "answer": f"so\n#### {i + 1}"}) + "\n"
+                                              for i in range(40)))
+    return path
+
+
+SMALL_RUN = ["--rollout-batch-size", "8", "--group-size", "4", "--train-batch-size", "4", "--max-tokens", "6",
+             "--eval-size", "2", "--eval-every", "2", "--checkpoint-every", "1", "--reward", "coin"]
+
+
+def test_a_real_run_from_files_resumes_and_prints_its_table(folder, tmp_path, capsys):
+    argv = ["--model", str(folder), "--data", str(folder / "gsm8k.jsonl"), "--run-dir", str(tmp_path / "run"), *SMALL_RUN]
+    assert grpo.main([*argv, "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "engine: torch" in out and "38 problems, 2 held out" in out and "RESULT {" in out
+    assert grpo.main([*argv, "--steps", "3", "--resume"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+    assert grpo.main(["--table", str(tmp_path / "run")]) == 0
+    assert str(tmp_path / "run")[-36:] in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and lines[1]["gnorm"] > 0
+    import model as model_py
+    before, after = model_py.load_hf(folder), model_py.load_hf(tmp_path / "run")
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_vllm_that_is_missing_is_said_and_not_replaced(folder, capsys):
+    import importlib.util
+    if importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is here; test_grpo_vllm.py runs it")
+    assert grpo.main(["--model", str(folder), "--data", str(folder / "gsm8k.jsonl"), "--engine", "vllm", *SMALL_RUN]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "pip install vllm" in error and "\n" not in error
