@@ -67,11 +67,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
 
 
 def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> tuple[float, int, int]:
-    """FLOPs of one forward pass, and bytes to and from memory: plain, and tiled. Backward has 2.5 times the FLOPs.
-
-    Plain attention writes and reads the scores, then writes and reads their softmax: 4 T^2 numbers. The tiled versions
-    read Q, K, V and write O, each once: 4 T K numbers. `element`: bytes a number.
-    """
+    """FLOPs of one forward pass, and bytes to and from memory, plain and tiled. Backward has 2.5 times the FLOPs. Plain
+    attention writes and reads the scores, then writes and reads their softmax: 4 T^2 numbers of `element` bytes. The
+    tiled versions read Q, K, V and write O, each once: 4 T K numbers."""
     tiled = element * B * H * 4 * T * K
     return 4 * B * H * T * T * K / (2 if is_causal else 1), element * B * H * 4 * T * T + tiled, tiled
 
