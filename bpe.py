@@ -6,9 +6,17 @@ What:       A tokenizer starts from the 256 bytes and learns to join the pair of
 Source:     Sennrich, Haddow & Birch 2016, arXiv:1508.07909, Algorithm 1; Radford et al. 2019 (GPT-2), section 2.2:
             bytes instead of characters, merges kept inside pre-tokens.
 Deviations: ties go to the greater pair of byte strings (the papers leave it open); special tokens end a document.
-            Llama 3's and Qwen2's patterns and NFC take the plain path, about 6 MB/s instead of 40.
+            Llama 3's and Qwen2's patterns and NFC take the plain path: exact, but several times slower.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
+            merge 0  s + t
+            merge 1  e + st
+            ...
+            text     It's lower,  the newest.
+            classes  aa.a_aaaaa.__aaa_aaaaaa.
+            starts   ^ ^ ^     ^^^   ^      ^
+            ...
+            fast = plain = known merges, there and back  OK
 """
 import argparse
 import functools
@@ -367,6 +375,7 @@ CONTRACTION[list(b"lvr"), list(b"lee")] = 2
 
 
 def classify(code_points: np.ndarray) -> np.ndarray:
+    """The class of each character, as the pattern sees it: the regex module is asked once for each."""
     if UNKNOWN in CLASS_OF[code_points]:
         for i in set(code_points[CLASS_OF[code_points] == UNKNOWN].tolist()):
             CLASS_OF[i] = regex.match(r"(?s)( )|(\s)|(\p{L})|(\p{N})|(.)", chr(i)).lastindex
@@ -706,6 +715,7 @@ def progress(what: str, total: float, log: Log) -> Callable[[float], None]:
 
 
 def share(*state: Any) -> None:
+    """Gives a process what all its jobs need, once."""
     global SHARED
     SHARED = state
 
@@ -751,6 +761,7 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
 
 
 def encode_range(ranges: list[tuple[int, int]]) -> np.ndarray:
+    """The ids of one range of a file: a process's share of encode_file."""
     path, tokenizer = SHARED
     return tokenizer.encode_bytes(read_range(path, *ranges[0]))
 
@@ -779,6 +790,7 @@ EXAMPLE_MERGES = [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w
 
 
 def example(special_tokens: Iterable[str] = ()) -> Tokenizer:
+    """The tokenizer of EXAMPLE_MERGES."""
     tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]
     return Tokenizer(dict(enumerate(tokens)), EXAMPLE_MERGES, list(special_tokens))
 
@@ -854,6 +866,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, log: Log) -> None:
+    """Carries out one command. Raises: ValueError or OSError with a line for the user."""
     began, size = time.perf_counter(), os.path.getsize(args.input) if args.input else 0
     if args.command is None:
         walk_through()
