@@ -347,7 +347,8 @@ def test_rows_wider_than_a_block_whose_peak_comes_late(backend):
     want = loss_and_gradients(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double())
     got = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend), hidden, weight)
     for a, b in zip(got, want):
-        assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())     # a sum that is not rescaled at the new peak: off by 1
+        # 9000 products of size 20 add up to 3e-5 of error; a sum that is not rescaled at the new peak is off by 0.5
+        assert (a - b).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
