@@ -115,8 +115,7 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 
 
 def split_list(text: str) -> tuple[str, list[str], str] | None:
-    """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None without brackets or top-level
-    comma."""
+    """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None if there is no list."""
     depths, left, right = [], "", ""
     for character in text:
         depths.append((depths[-1] if depths else 0) + (character in "([{\u27e8") - (character in ")]}\u27e9"))
@@ -196,8 +195,7 @@ def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
 
 
 def question_only_reward(response: str, ground_truth) -> dict[str, float]:
-    r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts that are the bare
-    question."""
+    r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts without a format."""
     return graded(balanced_box(response), ground_truth)
 
 
@@ -217,8 +215,7 @@ def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 def compute_group_normalized_rewards(
         reward_fn: Callable, rollout_responses: list[str], repeated_ground_truths: list, group_size: int,
         advantage_eps: float, normalize_by_std: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to one question (arXiv:2402.03300, sec.
-    4.1.2).
+    """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to a question (arXiv:2402.03300, 4.1.2).
 
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
     one, and a group whose rewards are all alike, has advantage 0.
@@ -259,8 +256,7 @@ def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy
 
 
 def clip_range(cliprange) -> tuple[float, float]:
-    """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28): room for rare
-    tokens."""
+    """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28), for rare tokens."""
     low, high = cliprange if isinstance(cliprange, (tuple, list)) else (cliprange, cliprange)
     if not 0 <= low <= 1 or high < 0:
         raise ValueError(f"cliprange must be between 0 and 1 below and at least 0 above, got {cliprange}")
@@ -279,8 +275,7 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
 
-    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high) or None (no
-    clip).
+    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high), or None.
     Returns: loss (B, T); metadata "clipped" (bool) and "ratio", (B, T).
     """
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
@@ -348,8 +343,7 @@ def grpo_microbatch_train_step(
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
     gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of
     unequal size add up to the loss of the whole batch exactly.
-    Returns: (the loss as divided, detached; metadata, with "clip_fraction" of the response tokens where there is a
-    clip).
+    Returns: (the loss as divided, detached; metadata, with the response tokens' "clip_fraction" if there is a clip).
     """
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages,
                                                        old_log_probs, cliprange, response_mask)
@@ -681,8 +675,7 @@ def write_whole(path: str, content: bytes) -> None:   # twin: sft.py
 def self_check() -> float:
     """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
 
-    Raises: AssertionError above 1e-6, what float32 keeps of numbers near 1; a biased std is off by 0.13, no clip by
-    0.05.
+    Raises: AssertionError above 1e-6, float32 near 1; a biased std is off by 0.13, no clip by 0.006.
     """
     texts = [r"1/4+1/4 </think> <answer> \frac{1}{2} </answer>", "</think> <answer> 0.4 </answer>", "1/2",
              "</think> <answer> 50% </answer>"]

@@ -164,8 +164,7 @@ def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, ret
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
     """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is
-    left out, not multiplied by 0: NaN does no harm there. Example: ([1, 2, 3], [1, 1, 0], normalize_constant=2) ->
-    1.5"""
+    left out, not multiplied by 0: NaN does no harm there. Example: [1, 2, 3], [1, 1, 0], constant 2 -> 1.5"""
     kept = tensor.masked_fill(~mask.bool(), 0)
     return (kept.sum() if dim is None else kept.sum(dim)) / normalize_constant
 
@@ -322,8 +321,7 @@ def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, respon
 
 def read_hh_pairs(path: str) -> list[dict]:
     """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a
-    whole dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the ones with a single turn and one prompt are
-    kept."""
+    whole dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the single-turn ones with one prompt are kept."""
     pairs = []
     for row in read_json_lines(path):
         if not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
@@ -428,8 +426,7 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
     """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
 
     It reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single
-    digits to the tokenizer (it is trained on text without them), as in Llama 2 and Qwen2.5; the format's tags are
-    special tokens.
+    digits to the tokenizer (it is trained on text without them), as in Qwen2.5; the format's tags are special tokens.
     """
     import bpe
     import model as model_py
@@ -506,8 +503,7 @@ def read_mmlu(path: str) -> list[dict]:
 
 
 def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str], bool]) -> Callable:
-    """A reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the
-    truth."""
+    """Reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the truth."""
     def reward(response: str, truth: str) -> dict[str, float]:
         answer = parse(response)
         right = float(answer is not None and same(answer, truth))
@@ -524,8 +520,7 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
                     **settings) -> dict[str, float]:
     """Answer the problems, grade the answers, and keep a record of each.
 
-    Args: engine.generate as in grpo.py, given `settings` (max_tokens, temperature, stop, seed). model: scores the
-    entropy.
+    Args: engine.generate as in grpo.py gets `settings` (max_tokens, temperature, stop, seed). model: scores entropy.
     path: takes a JSON line an answer: prompt, response, truth, the three rewards, length, mean entropy.
     show: prints so many examples of each outcome.
     Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean
@@ -570,15 +565,13 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
               epochs: float = 1.0, batch_size: int = 32, micro_batch_size: int = 32, clip_norm: float = 1.0,
               evaluate: Callable[[], dict] = dict, eval_every: int = 0, keep_best: str = "", seed: int = 0,
               log: Callable[[str], None] = print) -> dict[str, float]:
-    """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. What an example is, micro_step alone
-    knows.
+    """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. micro_step knows what an example is.
 
     Args: micro_step(examples, accumulation_steps) -> its share of the loss, after its backward pass; it is told batch
     size / its own size, so that unequal micro-batches too add up to the batch's mean. schedule(step, total) -> learning
     rate. evaluate: called every eval_every steps (0: never) and at the end; with keep_best, the name of one of its
     numbers, the model ends with the weights that had the highest.
-    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError for a loss that is not
-    finite.
+    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError if the loss is not finite.
     """
     per_epoch, best, result = max(1, len(examples) // batch_size), None, {}
     total, started = max(1, round(epochs * per_epoch)), time.perf_counter()
@@ -668,8 +661,7 @@ def toy_model(vocab_size: int, width: int) -> torch.nn.Module:
 
 
 def self_check(seed: int = 0) -> float:
-    """Walks through a batch of two, and returns the largest difference between plain and chunked log-probs and
-    gradients.
+    """Walks through a batch of two, and returns the largest difference of plain and chunked log-probs and gradients.
 
     Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 5e-7, a wrong mask is wrong by nats.
     """
