@@ -183,10 +183,14 @@ def test_fast_is_plain_on_random_unicode(seed):
         text = "".join(rng.choice(rng.choice(classes)) if rng.random() < 0.9 else chr(rng.choice((rng.randrange(0xD800),
                        rng.randrange(0xE000, 0x110000)))) for _ in range(60))
         assert fast(t, text) == t.encode_plain(text), repr(text)
+        raw, no_special = text.encode(), re.compile(b"(?!)")
+        ends = [*bpe.pretoken_starts(raw, no_special).tolist(), len(raw)]
+        assert [raw[i:j].decode() for i, j in zip(ends, ends[1:])] == regex.findall(bpe.PATTERNS["gpt2"], text), repr(text)
 
 
 def test_words_are_told_apart_when_their_hashes_are_not(monkeypatch):
-    text = " ".join(f"internationalization{i % 97:03d}" for i in range(3000)) + "=" * 200 + " " * 90 + "-" * 64 + "-" * 65
+    words = [f" internationali{chr(97 + i % 26)}{chr(97 + i % 7)}" for i in range(3000)]               # of one length
+    text = "".join(words) + "=" * 200 + " " * 90 + "-" * 64 + "-" * 65
     expected = tokenizer().encode_plain(text)
     assert fast(tokenizer(), text) == expected
     monkeypatch.setattr(bpe, "MULTIPLIERS", np.zeros(8, np.uint64))                    # every long word has one hash
