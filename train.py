@@ -477,8 +477,8 @@ def memory_in_use(device: torch.device) -> int:
 # name: (model, run). Every field of ModelConfig and TrainConfig is also a flag that overrides the preset.
 PRESETS: dict[str, tuple[dict, dict]] = {
     "corpus": (dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6),
-               dict(steps=600, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=60, eval_every=150,
-                    checkpoint_every=150)),
+               dict(steps=400, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=100,
+                    checkpoint_every=100)),
     "tinystories": (dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16, d_ff=1344),
                     dict(steps=10_000, batch_size=128, max_lr=3e-3, min_lr=3e-5, warmup_steps=500, eval_every=1000,
                          eval_windows=2048, checkpoint_every=2000, log_every=100, precision="autocast")),
@@ -823,7 +823,7 @@ def main() -> int:
     add("--parallel", choices=["none", "ddp", "zero1", "fsdp"], default="none", help="under torchrun")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
-    add("--loss", choices=["full", "fused"], default="full", help="fused: the (B * T, V) logits never exist")
+    add("--loss", choices=["full", "fused"], default="fused", help="fused: the (B * T, V) logits never exist")
     add("--fused", action="store_true", help="q, k, v in one product, SwiGLU's inputs in one: same weights and names")
     add("--compile", action="store_true")
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
