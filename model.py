@@ -127,23 +127,15 @@ def silu(x: Tensor) -> Tensor:
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x): a feed-forward layer with gated hidden units (eq. 6). gated=False: w2(silu(w1 x))."""
-    def __init__(self, d_model: int, d_ff: int, gated: bool = True, fused: bool = False):
+    def __init__(self, d_model: int, d_ff: int, gated: bool = True):
         super().__init__()
         self.w1, self.w2 = Linear(d_model, d_ff), Linear(d_ff, d_model)
-        self.w3, self.fused = Linear(d_model, d_ff) if gated else None, fused
+        self.w3 = Linear(d_model, d_ff) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.w3 is None:
             return self.w2(silu(self.w1(x)))
-        gate, up = in_one_product(x, self.w1, self.w3) if self.fused else (self.w1(x), self.w3(x))   # (..., F) each
-        return self.w2(silu(gate) * up)
-
-def in_one_product(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
-    """layer(x) of each layer, with one large matrix product instead of several, forward and backward."""
-    y = x @ torch.cat([layer.weight for layer in layers]).T
-    if layers[0].bias is not None:
-        y = y + torch.cat([layer.bias for layer in layers]).to(y.dtype)
-    return y.split([len(layer.weight) for layer in layers], dim=-1)
+        return self.w2(silu(self.w1(x)) * self.w3(x))                       # (..., F) inside
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the i-th pair of x at position p by the angle p * theta^(-2i/d_k), so that the dot product of a query and
@@ -221,12 +213,12 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> T
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of a sequence to its own past. x (..., T, D) -> (..., T, D).
 
-    rope: turns queries and keys; None for no positions. attention: a function like plain_attention. fused: the three
-    projections in one product. attend (of a call): KVCache.attend of this layer, to look at earlier tokens as well.
+    rope: turns queries and keys; None for no positions. attention: a function like plain_attention. attend (of a call):
+    KVCache.attend of this layer, to look at earlier tokens as well.
     """
     def __init__(self, d_model: int, num_heads: int, *, rope: nn.Module | None = None, num_kv_heads: int | None = None,
                  head_dim: int | None = None, qk_norm: bool = False, qkv_bias: bool = False, norm_eps: float = 1e-5,
-                 attention=None, fused: bool = False):
+                 attention=None):
         super().__init__()
         if head_dim is None and d_model % num_heads:
             raise ValueError(f"d_model {d_model} does not divide into {num_heads} heads")
@@ -236,12 +228,11 @@ class CausalSelfAttention(nn.Module):
         self.v_proj = Linear(d_model, G * self.head_dim, bias=qkv_bias)
         self.output_proj = Linear(num_heads * self.head_dim, d_model)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity() for _ in range(2))
-        self.rope, self.attention, self.fused = rope, attention or plain_attention, fused
+        self.rope, self.attention = rope, attention or plain_attention
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, attend=None) -> Tensor:
-        layers = self.q_proj, self.k_proj, self.v_proj
-        qkv = in_one_product(x, *layers) if self.fused else [layer(x) for layer in layers]
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)).transpose(-3, -2) for y in qkv)    # (..., H or G, T, K)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)           # (..., H or G, T, K)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             positions = None if token_positions is None else token_positions.unsqueeze(-2)   # the same for every head
@@ -251,13 +242,13 @@ class CausalSelfAttention(nn.Module):
 
 class TransformerBlock(nn.Module):
     """x + attn(ln1(x)), then x + ffn(ln2(x)). norm="post": ln1(x + attn(x)), ln2(x + ffn(x)); "none": no norms."""
-    def __init__(self, config: ModelConfig, rope: nn.Module | None = None, attention=None, fused: bool = False):
+    def __init__(self, config: ModelConfig, rope: nn.Module | None = None, attention=None):
         super().__init__()
         c, self.post = config, config.norm == "post"
         self.attn = CausalSelfAttention(
             c.d_model, c.num_heads, rope=rope, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, qk_norm=c.qk_norm,
-            qkv_bias=c.qkv_bias, norm_eps=c.norm_eps, attention=attention, fused=fused)
-        self.ffn = SwiGLU(c.d_model, c.d_ff, gated=c.ffn == "swiglu", fused=fused)
+            qkv_bias=c.qkv_bias, norm_eps=c.norm_eps, attention=attention)
+        self.ffn = SwiGLU(c.d_model, c.d_ff, gated=c.ffn == "swiglu")
         self.ln1, self.ln2 = (nn.Identity() if c.norm == "none" else RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, attend=None) -> Tensor:
@@ -272,10 +263,9 @@ class TransformerLM(nn.Module):
 
     attention: how the heads attend: plain_attention (default), sdpa_attention, or any function with the same contract.
     checkpoint_every: k > 0 drops the activations of every k-th block and makes them again in the backward pass.
-    fused: q/k/v, and the two inputs of SwiGLU, in one matrix product each; same weights, same names.
     Example: TransformerLM(ModelConfig(vocab_size=100))(torch.tensor([[1, 2, 3]])).shape -> (1, 3, 100)
     """
-    def __init__(self, config: ModelConfig, attention=None, checkpoint_every: int = 0, fused: bool = False):
+    def __init__(self, config: ModelConfig, attention=None, checkpoint_every: int = 0):
         super().__init__()
         if checkpoint_every < 0:
             raise ValueError(f"checkpoint_every must be 0 (never) or a number of blocks, got {checkpoint_every}")
@@ -283,7 +273,7 @@ class TransformerLM(nn.Module):
         rope = None if c.positions == "none" else RotaryPositionalEmbedding(
             c.rope_theta, c.head_dim, c.context_length, c.rope_layout, c.rope_scaling)
         self.token_embeddings = Embedding(c.vocab_size, c.d_model)
-        self.layers = nn.ModuleList(TransformerBlock(c, rope, attention, fused) for _ in range(c.num_layers))
+        self.layers = nn.ModuleList(TransformerBlock(c, rope, attention) for _ in range(c.num_layers))
         self.ln_final = RMSNorm(c.d_model, c.norm_eps) if c.norm == "pre" else nn.Identity()   # "post" has done it
         self.lm_head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
@@ -631,7 +621,7 @@ def read_safetensors(path) -> dict[str, Tensor]:
     return tensors
 
 def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
-    """The inverse; the header is padded to a multiple of 8 bytes, so that views of the file are aligned. Not over a file
+    """The inverse; the header is padded to a multiple of 8 bytes, so that views of the file align. Not over a file
     whose tensors are still in use: they are views of it."""
     header, end, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
     for name, x in tensors.items():
@@ -646,7 +636,7 @@ def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
 def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **options) -> TransformerLM:
     """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form: config.json and model*.safetensors, any number.
 
-    dtype: of the weights; None keeps the checkpoint's. options: attention, checkpoint_every and fused of TransformerLM.
+    dtype: of the weights; None keeps the checkpoint's. options: attention and checkpoint_every of TransformerLM.
     Raises: ValueError saying what is wrong with it.
     """
     tensors, state = {}, {}
@@ -764,7 +754,7 @@ def self_check(seed: int = 0) -> float:
     """
     torch.manual_seed(seed)
     config, ids = ModelConfig(97, 48, 32, 2, 4, num_kv_heads=2), torch.randint(97, (2, 41))
-    model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1, fused=True)
+    model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1)
     fast.load_state_dict(model.state_dict())
     x, y, weights, fast_weights = ids[:, :-1], ids[:, 1:], list(model.parameters()), list(fast.parameters())
     plain = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())

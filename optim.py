@@ -162,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError("AdamW(fused='triton') needs triton and CUDA parameters; use fused='foreach' here")
         lr, eps, decay = float(group["lr"]), float(group["eps"]), group["weight_decay"]
         beta1, beta2 = map(float, group["betas"])
-        launches: dict[tuple, list[list[Tensor]]] = {}                     # tensors alike in what the kernel is built for
+        launches: dict[tuple, list[list[Tensor]]] = {}                     # tensors for which the kernel is the same
         for p in params:
             state = self.state[p]
             state["step"] += 1

@@ -536,8 +536,7 @@ class Setup:
     def model(self) -> torch.nn.Module:
         """A new model, the same one for the same seed."""
         torch.manual_seed(self.config.seed)
-        model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute,
-                                      fused=self.args.fused)
+        model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute)
         return model.to(self.device, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -702,7 +701,7 @@ def bench(setup: Setup) -> None:
     causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
     count = setup.lm.count_parameters(setup.model_config)
     print(f"{count / 1e6:.1f}M, {B} x {T} tokens, {config.precision}, {args.attention} attention, {args.loss} "
-          f"loss, update {args.update}, compile {args.compile}, fused {args.fused}, recompute {args.recompute} | "
+          f"loss, update {args.update}, compile {args.compile}, recompute {args.recompute} | "
           f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
           f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
     print("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
@@ -824,7 +823,6 @@ def main() -> int:
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="fused", help="fused: the (B * T, V) logits never exist")
-    add("--fused", action="store_true", help="q, k, v in one product, SwiGLU's inputs in one: same weights and names")
     add("--compile", action="store_true")
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")

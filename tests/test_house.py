@@ -64,7 +64,7 @@ def test_form(name):
         assert part in docstring, f"the docstring of {name} has no {part}"
     long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
     assert not long, f"lines over 120 columns: {long[:5]}"
-    assert code_lines(text) <= 700, "a file is one sitting: 700 lines of code at most"
+    assert code_lines(text) <= 800, "a file is one sitting: 500 lines of code are the aim, 800 too many"
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
             assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"

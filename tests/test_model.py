@@ -226,7 +226,7 @@ def test_every_variant_runs_counts_and_learns(changes):
     loss = M.cross_entropy(logits, token_ids(2, 12, seed=1))
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-    again = TransformerLM(model.config, M.sdpa_attention, fused=True)
+    again = TransformerLM(model.config, M.sdpa_attention)
     again.load_state_dict(model.state_dict())
     close(again(x), logits, 5e-5)                                      # without norms the stream reaches 30
     close(model(x, torch.arange(12)), logits, 0)
