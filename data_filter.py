@@ -106,6 +106,7 @@ def open_source(source):
     return source if hasattr(source, "read") else sys.stdin.buffer if source == "-" else open(source, "rb")
 
 def parse_headers(block: bytes) -> dict[str, str]:
+    """Names in lower case -> values; folded lines are joined, lines without a colon left out."""
     lines = re.sub(rb"\r?\n[ \t]+", b" ", block).decode("utf-8", "replace").split("\n")  # a folded header is one line
     return {k.strip().lower(): v.strip() for k, colon, v in (line.partition(":") for line in lines) if colon}
 
@@ -521,6 +522,7 @@ PROSE = {r"\b(?:is|are|was|were|been|be) (?:an?|the|born|founded|published|named
          r"\b(?:i|i'm|my|me|you|your|we|our|thanks|please|hi|hello)\b": -0.4, r"[!|»$%]|\.\.\.|http": -0.5}
 
 def weigh(text: str, weights: dict[str, float]) -> float:
+    """The sum over the lexicon of each pattern's weight times how often it occurs."""
     return sum(weight * len(re.findall(pattern, text.lower())) for pattern, weight in weights.items())
 
 def verdict(text: str, x: float, labels: tuple[str, str], model: "FastText | None") -> tuple[str, float]:
@@ -732,6 +734,7 @@ def filter_record(record: Record, languages=("en",), min_language=0.65, without=
     return "kept", document | {"text": text, "masked": masked}
 
 def filter_batch(records: list[Record], options: dict) -> list[tuple[str, dict, int]]:
+    """filter_record on each, with the size of its payload: what one worker does at a time."""
     return [(*filter_record(record, **options), len(record.payload)) for record in records]
 
 def batches(source, warnings: Counter) -> Iterator[list[Record]]:
@@ -766,6 +769,7 @@ def filter_file(job: tuple[str, str, int, dict], mapper=map) -> int:
     return report["documents"].total()
 
 def write_json(path: str, value) -> None:
+    """Writes the file whole or not at all."""
     Path(path + ".tmp").write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8", errors="replace")
     os.replace(path + ".tmp", path)
 
@@ -793,6 +797,7 @@ def filter_files(sources: list[str], out: str, workers: int | None = None, keep_
     return total
 
 def print_report(total: dict) -> None:
+    """What each step removed: documents and bytes, with their shares; then masks and warnings."""
     n_all, bytes_all = total["documents"].total() or 1, total["bytes"].total() or 1
     for reason, n in sorted(total["documents"].items(), key=lambda x: (x[0] == "kept", -x[1])):
         size = total["bytes"][reason]

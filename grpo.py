@@ -519,6 +519,7 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 
 def length_of(answer) -> int:
+    """Tokens of a prompt and its answer together."""
     return len(answer.prompt_ids) + len(answer.ids)
 
 

@@ -105,6 +105,7 @@ def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], t
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """bf16 and fp16 as fp32; the rest as it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -634,10 +635,12 @@ def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
 
 
 def device_of(model) -> torch.device:
+    """Where the model's first parameter lies."""
     return next(model.parameters()).device
 
 
 def columns(pairs: list[dict]) -> list[list[str]]:
+    """Pairs as three lists: prompts, chosen and rejected answers."""
     return [[pair[key] for pair in pairs] for key in ("prompt", "chosen", "rejected")]
 
 
