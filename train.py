@@ -477,8 +477,8 @@ def memory_in_use(device: torch.device) -> int:
 # name: (model, run). Every field of ModelConfig and TrainConfig is also a flag that overrides the preset.
 PRESETS: dict[str, tuple[dict, dict]] = {
     "corpus": (dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6),
-               dict(steps=400, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=100,
-                    checkpoint_every=100)),
+               dict(steps=350, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=50,
+                    checkpoint_every=50)),
     "tinystories": (dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16, d_ff=1344),
                     dict(steps=10_000, batch_size=128, max_lr=3e-3, min_lr=3e-5, warmup_steps=500, eval_every=1000,
                          eval_windows=2048, checkpoint_every=2000, log_every=100, precision="autocast")),
