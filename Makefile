@@ -90,9 +90,9 @@ owt: $(READY) $(call TOKENS,owt)  ## the full-size OpenWebText run (downloads 5 
 	$(PY) train.py --preset owt $(GPU_FLAGS) $(ARGS)
 GPU_FLAGS = --precision bf16 --attention triton --compile --update triton
 
-generate: $(READY)  ## what the trained model writes after PROMPT="def "  ## CPU, seconds
+generate: $(READY)  ## what the trained model writes after PROMPT="def get(self"  ## CPU, seconds
 	$(PY) train.py generate --prompt '$(PROMPT)' $(ARGS)
-PROMPT ?= def 
+PROMPT ?= def get(self
 
 export: $(READY)  ## the trained model as a Hugging Face folder in out/export  ## CPU, seconds
 	$(PY) train.py export out/export $(ARGS)

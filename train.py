@@ -826,7 +826,7 @@ def main() -> int:
     add("--compile", action="store_true")
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
-    add("--prompt", default="def ")
+    add("--prompt", default="def get(self")
     add("--sample-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.7)
     add("--top-p", type=float, default=0.95)
