@@ -448,7 +448,8 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, **op
 
     def hf_weights(model) -> list[tuple[str, Tensor]]:
         return [(".".join(model_py.HF_NAMES.get(part, part) for part in name.split(".")), x)
-                for name, x in model.state_dict().items() if name != "lm_head.weight" or not model.config.tie_embeddings]
+                for name, x in model.state_dict().items()
+                if name != "lm_head.weight" or not model.config.tie_embeddings]
     print(f"engine: {kind}" + "".join(f", {key} {value}" for key, value in options.items()))
     if kind == "torch":
         return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], **options)
