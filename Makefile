@@ -32,7 +32,7 @@ venv: $(READY)
 # ---- pre-training: raw text -> tokenizer -> token files -> a trained model -> a sample it wrote
 
 out/corpus/train.txt: | $(READY)
-	$(PY) train.py corpus --tokens out/corpus
+	$(PY) train.py corpus out/corpus
 
 # The hub states size and SHA-256 on its redirect; curl goes on with a part that an earlier try left.
 HUB ?= https://huggingface.co/datasets

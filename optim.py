@@ -14,6 +14,7 @@ Run:        python optim.py
             all agree with torch, and Newton-Schulz with an SVD, to 8.6e-07  OK
 """
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -173,16 +174,16 @@ class AdamW(torch.optim.Optimizer):
             aligned = p.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
             launches.setdefault((*(x.dtype for x in tensors), state["step"], p.device, aligned), []).append(tensors)
         for (*_, t, device, aligned), rows in launches.items():
-            table, owners = [], []                                         # a program finds its tensor by number
-            for i, tensors in enumerate(rows):
-                table.append([*(x.data_ptr() for x in tensors), tensors[0].numel(), len(owners)])
-                owners += [i] * triton.cdiv(tensors[0].numel(), ADAMW_BLOCK)
-            blocks, (p, grad, m, _, master) = len(owners), rows[0]
-            table, owners = (torch.tensor(x, pin_memory=p.is_cuda).to(device, non_blocking=True)
+            blocks = [triton.cdiv(tensors[0].numel(), ADAMW_BLOCK) for tensors in rows]
+            starts, (p, grad, m, _, master) = itertools.accumulate(blocks, initial=0), rows[0]
+            table = torch.tensor([[*(x.data_ptr() for x in tensors), tensors[0].numel(), start]
+                                  for tensors, start in zip(rows, starts)])
+            owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(blocks))       # of each program, its tensor
+            table, owners = ((x.pin_memory() if p.is_cuda else x).to(device, non_blocking=True)
                              for x in (table, owners))
             dtypes = [_triton_dtype(x.dtype) for x in (p, grad, m, master)]
             with torch.cuda.device_of(p):
-                _adamw_kernel[(blocks,)](
+                _adamw_kernel[(len(owners),)](
                     table, owners, 1 - lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1 ** t),
                     1 / (1 - beta2 ** t), eps, *dtypes, MASTER=master is not p, ALIGNED=aligned, BLOCK=ADAMW_BLOCK)
 
