@@ -1,7 +1,7 @@
-"""What `train.py --benchmark` is measured against: GPT-2 as one would build it from torch.nn, with torch's own best pieces.
+"""What `train.py --benchmark` is measured against: GPT-2 as one would build it from torch.nn, with torch's best pieces.
 
 Learned positions, LayerNorm, GELU, tied head, scaled_dot_product_attention, full logits, fused AdamW, bf16 autocast.
-Run beside ours:  python tests/peer_gpt2.py --compile     (124M at batch 64 x 1024; --width 1024 --layers 24 --batch 32: 350M)
+Run beside ours:  python tests/peer_gpt2.py --compile     (124M, batch 64 x 1024; --width 1024 --layers 24 --batch 32: 350M)
 """
 import argparse
 import itertools
@@ -19,7 +19,8 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.norms = heads, nn.ModuleList(nn.LayerNorm(width, bias=False) for _ in range(2))
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(), nn.Linear(4 * width, width, bias=False))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, bias=False), nn.GELU(),
+                                 nn.Linear(4 * width, width, bias=False))
 
     def forward(self, x):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.norms[0](x)).chunk(3, -1))

@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def hub():
-    """Serves TEXT under every name (packed under .gz) with size and SHA-256 on the head; remembers the ranges asked for."""
+    """Serves TEXT under every name (packed under .gz) with size and SHA-256 on the head; remembers ranges asked for."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def body(self) -> bytes:
             return gzip.compress(TEXT, mtime=0) if self.path.endswith(".gz") else TEXT
@@ -90,4 +90,5 @@ def test_wrong_checksum_and_wrong_size_leave_no_text(folder, hub):
 
 def test_no_network_says_what_to_do(folder):
     done = make(folder, "out/tinystories/valid.txt", "HUB=http://127.0.0.1:9")
-    assert done.returncode != 0 and "cannot reach" in done.stderr and "put the text at out/tinystories/valid.txt" in done.stderr
+    assert done.returncode != 0 and "cannot reach" in done.stderr
+    assert "put the text at out/tinystories/valid.txt" in done.stderr
