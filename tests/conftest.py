@@ -1,4 +1,4 @@
-"""Tests import the twelve files from the folder above, on two threads, in Triton's interpreter where there is no GPU."""
+"""Tests import the twelve files from the folder above, on two threads; Triton is interpreted where there is no GPU."""
 import os
 import sys
 from pathlib import Path
