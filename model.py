@@ -440,20 +440,59 @@ if triton is not None:
 class KVCache:
     """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text. The
     first pass, over the prompts, leaves num_samples copies of each, with space for `capacity` positions; after that,
-    `positions` (R,) says where each row's new token goes, and `mask` (R, 1, 1, S) what it sees."""
+    `positions` (R,) says where each row's new token goes, and `mask` (R, 1, 1, S) what it sees; None: all up to there,
+    by decode_attention."""
     def __init__(self, num_layers: int, num_samples: int, capacity: int):
         self.layers, self.num_samples, self.capacity = [None] * num_layers, num_samples, capacity
         self.positions = self.mask = None
 
     def attend(self, layer: int, attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the new queries see: attention to their own prompt, or to all that is kept of their row."""
         if self.positions is None:                               # prompts are padded on the right: causal is enough
             room = 0, 0, 0, self.capacity - k.shape[2]
             self.layers[layer] = [nn.functional.pad(x, room).repeat_interleave(self.num_samples, 0) for x in (k, v)]
             return attention(q, k, v, is_causal=True)
         keys, values = self.layers[layer]
-        at, S = (torch.arange(len(q), device=q.device), slice(None), self.positions), self.mask.shape[-1]
+        at = torch.arange(len(q), device=q.device), slice(None), self.positions
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
+        if self.mask is None:
+            return decode_attention(q, keys, values, self.positions)
+        S = self.mask.shape[-1]
         return plain_attention(q, keys[:, :, :S], values[:, :, :S], mask=self.mask)
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """plain_attention of one new token a row, q (R, H, 1, K), to keys and values (R, G, S, K), in order, up to its
+    position (R,). One Triton kernel, a program per row and kv head, which reads what is there and no more."""
+    (R, H, _, K), G, q = q.shape, keys.shape[1], q.contiguous()
+    out, heads = torch.empty_like(q), max(16, triton.next_power_of_2(H // G))              # tl.dot wants 16 rows
+    with torch.cuda.device_of(q):
+        _decode_kernel[(R, G)](q, keys, values, out, positions, K ** -0.5, keys.stride(0), keys.stride(1), H // G,
+                               heads, K, BLOCK=64 if K <= 128 else 32)
+    return out
+
+if triton is not None:
+    @triton.jit
+    def _decode_kernel(q, keys, values, out, positions, scale, row_stride, group_stride, PER_GROUP: tl.constexpr,
+                       HEADS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+        row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        head, column, last = tl.arange(0, HEADS)[:, None], tl.arange(0, K), tl.load(positions + row)
+        mine = ((row * tl.num_programs(1) + group) * PER_GROUP + head) * K + column
+        query = tl.load(q + mine, mask=head < PER_GROUP, other=0.0)                        # (HEADS, K)
+        here = row * row_stride + group * group_stride
+        total, peak = tl.zeros((HEADS,), tl.float32), tl.full((HEADS,), -1.0e38, tl.float32)
+        mixed = tl.zeros((HEADS, K), tl.float32)
+        for start in range(0, last + 1, BLOCK):                  # the online softmax, arXiv:1805.02867
+            at = start + tl.arange(0, BLOCK)
+            there, seen = here + at[:, None] * K + column, at <= last
+            key = tl.load(keys + there, mask=seen[:, None], other=0.0)                     # (BLOCK, K)
+            value = tl.load(values + there, mask=seen[:, None], other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale          # (HEADS, BLOCK)
+            scores = tl.where(seen[None], scores, -1.0e38)
+            new_peak = tl.maximum(peak, tl.max(scores, 1))
+            weights, shrink = tl.exp(scores - new_peak[:, None]), tl.exp(peak - new_peak)
+            total, peak = total * shrink + tl.sum(weights, 1), new_peak
+            mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        tl.store(out + mine, (mixed / total[:, None]).to(out.dtype.element_ty), mask=head < PER_GROUP)
 
 @dataclass
 class Generation:
@@ -475,25 +514,29 @@ def sample_tokens(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     logits = at_least_float32(logits) / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
-    probabilities = softmax(logits, -1)
     if top_p < 1:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        ranked, order = softmax(logits, -1).sort(dim=-1, descending=True, stable=True)
         dropped = ranked.cumsum(-1) - ranked >= top_p            # what stands before it is enough
-        probabilities = probabilities.masked_fill(dropped.scatter(-1, order, dropped), 0.0)
-    # p_i / Exp(1) is the largest with probability p_i / sum p: no second pass, and no waiting for the GPU
-    return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1)
+        logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+    # p_i / Exp(1), here in logs, is the largest with probability p_i / sum p: no second pass, no waiting for the GPU
+    noise = torch.empty_like(logits).exponential_(generator=generator).clamp_(min=1e-30)
+    return (logits - noise.log_()).argmax(-1)
 
 @torch.no_grad()
 def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: int, min_new_tokens: int = 0,
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, num_samples: int = 1, stop_ids=(),
-             stop_strings=(), decode=None, seed: int = 0, use_cache: bool = True) -> list[Generation]:
+             stop_strings=(), decode=None, seed: int = 0, use_cache: bool = True, graph: bool = False
+             ) -> list[Generation]:
     """num_samples continuations of every prompt, all in one batch; each prompt is computed once.
 
     A prompt longer than max(context + 1 - max_new_tokens, half the context) loses its front; a sample ends when the
     context is full. stop_ids end it, and stop_strings (found by decode: list[int] -> str), after min_new_tokens.
-    Same seed and batch, same samples. Returns a prompt's samples side by side. Raises: ValueError for bad settings.
+    graph: record a step once as a CUDA graph and replay it, with decode_attention: a token then costs what its
+    arithmetic costs, and not the launching of 60 kernels a layer. Same seed and batch, same samples.
+    Returns a prompt's samples side by side. Raises: ValueError for bad settings.
     """
     context, V, device = model.config.context_length, model.config.vocab_size, model.lm_head.weight.device
+    K, cuda = model.config.head_dim, device.type == "cuda"
     for name, fine in (("max_new_tokens", max_new_tokens > 0), ("min_new_tokens", min_new_tokens >= 0),
                        ("temperature", 0 <= temperature < math.inf), ("top_p", 0 < top_p <= 1), ("top_k", top_k >= 0),
                        ("num_samples", num_samples > 0), ("stop_ids", all(0 <= i < V for i in stop_ids)),
@@ -501,6 +544,9 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
                        ("decode", decode is not None or not stop_strings)):
         if not fine:
             raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
+    if graph and not (cuda and triton is not None and use_cache and K >= 16 and K & (K - 1) == 0):
+        raise ValueError("graph=True needs a GPU, Triton, the cache and a head_dim that is a power of 2 from 16 on; "
+                         f"this is {device} with head_dim {K}")
     if not prompts:
         return []
     kept = max(context + 1 - max_new_tokens, (context + 1) // 2)
@@ -511,40 +557,64 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
     texts = torch.tensor([s.prompt_ids + [0] * (longest + steps - len(s.prompt_ids)) for s in samples], device=device)
     log_probs = torch.zeros(len(samples), steps, device=device)
     live, done, checked = torch.arange(len(samples), device=device), set(), 0           # rows still being written
+    ends = lengths.clone()                                                              # (R,) where the next token goes
     banned = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(len(model.layers), num_samples, min(context, texts.shape[1])) if use_cache else None
-    for step in range(steps):
-        last = (lengths[live] + step - 1).clamp(max=context - 1)                        # (R,) the token to go on from
-        rows, visible = torch.arange(len(live), device=device), min(longest + step, context)
-        if not use_cache:
-            hidden = model.hidden(texts[live, :visible])[rows, last]                    # (R, D)
-        elif step == 0:
-            hidden = model.hidden(texts[::num_samples, :visible], cache=cache)[rows // num_samples, last]
-        else:
-            cache.positions, cache.mask = last, (torch.arange(visible, device=device) <= last[:, None])[:, None, None]
-            hidden = model.hidden(texts[live, last][:, None], last[:, None], cache=cache)[:, 0]
+
+    def write_token(hidden: Tensor, free: bool) -> None:
+        """hidden (R, D) -> one more token in every row of texts. Asks the GPU nothing, so that a graph can hold it."""
         logits = at_least_float32(model.lm_head(hidden))                                # (R, V)
-        allowed = logits.index_fill(-1, banned, -torch.inf) if step < min_new_tokens else logits
+        allowed = logits if free else logits.index_fill(-1, banned, -torch.inf)
         tokens = sample_tokens(allowed, temperature, top_k, top_p, generator)
-        texts[live, lengths[live] + step] = tokens
-        log_probs[live, step] = (logits[rows, tokens] - logits.logsumexp(-1)).float()
-        if device.type == "cuda" and (step + 1) % 16 and step + 1 < steps:              # to look means to wait
+        texts[live, ends] = tokens
+        log_probs[live, ends - lengths[live]] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).float()
+        ends.add_(1)
+
+    def decode_token(free: bool) -> None:
+        cache.positions = (ends - 1).clamp(max=context - 1)                             # of the token to go on from
+        write_token(model.hidden(texts[live, cache.positions][:, None], cache.positions[:, None], cache=cache)[:, 0],
+                    free)
+    recorded, warm = None, False
+    for step in range(steps):
+        free, visible = step >= min_new_tokens, min(longest + step, context)
+        rows = torch.arange(len(live), device=device)
+        if not use_cache:
+            write_token(model.hidden(texts[live, :visible])[rows, (ends - 1).clamp(max=context - 1)], free)
+        elif step == 0:
+            write_token(model.hidden(texts[::num_samples, :visible], cache=cache)[rows // num_samples, ends - 1], free)
+        elif recorded is not None:
+            recorded.replay()
+        else:
+            seen = torch.arange(visible, device=device) < ends[:, None]
+            cache.mask = None if graph else seen[:, None, None]                         # (R, 1, 1, S)
+            if graph and free and warm:                          # the first step has compiled its kernels
+                recorded = torch.cuda.CUDAGraph()
+                recorded.register_generator_state(generator)
+                with torch.cuda.graph(recorded):
+                    decode_token(free)
+                recorded.replay()
+            else:
+                decode_token(free)
+                warm = True
+        if cuda and (step + 1) % 16 and step + 1 < steps:        # to look means to wait
             continue
-        written = texts.cpu()
-        for row in set(live.tolist()) - done:
-            s, first = samples[row], len(samples[row].prompt_ids)
-            s.ids = written[row, first:first + min(step + 1, limits[row])].tolist()
-            if _ends(s, checked, limits[row], min_new_tokens, set(stop_ids), stop_strings, decode):
-                s.logprobs = log_probs[row, :len(s.ids)].tolist()
+        new = texts[live].gather(1, lengths[live][:, None] + torch.arange(checked, step + 1, device=device))
+        for row, ids in zip(live.tolist(), new.tolist()):
+            s = samples[row]
+            s.ids += ids[:limits[row] - checked] if row not in done else []
+            if row not in done and _ends(s, checked, limits[row], min_new_tokens, set(stop_ids), stop_strings, decode):
                 done.add(row)
         checked, going = step + 1, [i for i, row in enumerate(live.tolist()) if row not in done]
         if not going:
             break
-        if len(going) <= 0.9 * len(live):                        # the cache is too dear to copy for one row
-            live, going = live[going], torch.tensor(going, device=device)
+        if len(going) <= (0.5 if graph else 0.9) * len(live):    # the cache is too dear to copy for one row
+            going, recorded = torch.tensor(going, device=device), None
+            live, ends = live[going], ends[going]
             for i, pair in enumerate(cache.layers if use_cache else ()):
                 cache.layers[i] = [x[going] for x in pair]
+    for s, row in zip(samples, log_probs.tolist()):
+        s.logprobs = row[:len(s.ids)]
     return samples
 
 def _ends(sample: Generation, checked: int, limit: int, min_new_tokens: int, stop_ids, stop_strings, decode) -> bool:
