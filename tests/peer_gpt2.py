@@ -1,7 +1,7 @@
 """What `train.py --benchmark` is measured against: GPT-2 as one would build it from torch.nn, with torch's best pieces.
 
 Learned positions, LayerNorm, GELU, tied head, scaled_dot_product_attention, full logits, fused AdamW, bf16 autocast.
-Run beside ours: python tests/peer_gpt2.py --compile   (124M, batch 64 x 1024; 350M: --width 1024 --layers 24 --batch 32)
+Beside ours: python tests/peer_gpt2.py --compile   (124M, batch 64 x 1024; 350M: --width 1024 --layers 24 --batch 32)
 """
 import argparse
 import itertools
