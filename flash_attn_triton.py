@@ -40,7 +40,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
     jit = triton.jit
 except ImportError:                    # no Triton (a Mac): the PyTorch half still works, the kernels are never called
-    triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda function: function
+    triton, tl, jit, TensorDescriptor = None, SimpleNamespace(constexpr=None), lambda function: function, object
 
 LOG2_E = math.log2(math.e)
 
@@ -152,41 +152,41 @@ def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
 
 # ---- The same in Triton. A program owns one tile of the output and loops over the other side. -----------------------
 #
-# x and strides: a (B, H, T, K) tensor and its first three strides, or with TMA a tensor descriptor, which on Hopper has
+# x: a (B, H, T, K) tensor as (pointer, its first three strides), or with TMA as a tensor descriptor, which on Hopper has
 # the copy engine fetch a whole tile in one instruction, bounds checks and shared-memory layout included.
 
 @jit
-def pointers(x, strides, batch, head, row, length, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+def pointers(x, batch, head, row, length, ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """Addresses of rows [row, row + ROWS) of one head, (ROWS, BLOCK_K), and which of them exist. 64-bit offsets."""
     rows = row + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
-    start = x + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+    start = x[0] + batch.to(tl.int64) * x[1] + head.to(tl.int64) * x[2]
     inside = (rows < length)[:, None]
     if K < BLOCK_K:
         inside = inside & (cols < K)[None, :]
-    return start + rows.to(tl.int64)[:, None] * strides[2] + cols[None, :], inside
+    return start + rows.to(tl.int64)[:, None] * x[3] + cols[None, :], inside
 
 
 @jit
-def load_tile(x, strides, batch, head, row, length,
+def load_tile(x, batch, head, row, length,
               ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """Rows [row, row + ROWS) of one head, (ROWS, BLOCK_K); zeros beyond the last row and beyond K."""
     if TMA:
         return x.load([batch, head, row, 0]).reshape(ROWS, BLOCK_K)
     else:
-        at, inside = pointers(x, strides, batch, head, row, length, ROWS, K, BLOCK_K)
+        at, inside = pointers(x, batch, head, row, length, ROWS, K, BLOCK_K)
         return tl.load(at, mask=inside, other=0.0)
 
 
 @jit
-def store_tile(x, strides, tile, batch, head, row, length,
+def store_tile(x, tile, batch, head, row, length,
                ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
     """The counterpart of load_tile: writes what lies inside, leaves the rest alone."""
     if TMA:
         x.store([batch, head, row, 0], tile.to(x.dtype).reshape(1, 1, ROWS, BLOCK_K))
     else:
-        at, inside = pointers(x, strides, batch, head, row, length, ROWS, K, BLOCK_K)
-        tl.store(at, tile.to(x.dtype.element_ty), mask=inside)
+        at, inside = pointers(x, batch, head, row, length, ROWS, K, BLOCK_K)
+        tl.store(at, tile.to(x[0].dtype.element_ty), mask=inside)
 
 
 @jit
@@ -200,7 +200,7 @@ def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @jit
-def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_strides, L, scale_log2, one, H, T, S,
+def forward_kernel(q_at, k_at, v_at, o_at, L, scale_log2, one, H, T, S,
                    GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
                    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """O and L (B, H, T) for one tile of queries: Algorithm 1, with the running maximum m in units of log2.
@@ -211,7 +211,7 @@ def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_st
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
-    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    q = load_tile(q_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     if q.dtype != tl.float32:          # times 1.0, unknown to the compiler: Q now counts as computed, so it goes to the
         q = (q.to(tl.float32) * one).to(q.dtype)     # tensor cores from registers, and leaves its shared memory to K, V
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -221,7 +221,7 @@ def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_st
     end = tl.minimum(row + BLOCK_M, S) if CAUSAL else S                     # then [full, end) in tiles that need one
     for MASKED in tl.static_range(2):
         for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
-            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            k = load_tile(k_at, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 8
             if MASKED:
                 s = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), s, float("-inf"))
@@ -229,17 +229,16 @@ def forward_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, o_at, o_st
             p = tl.exp2(s * scale_log2 - new_m[:, None])                            # sees a key in the first tile
             rescale = tl.exp2(m - new_m)
             l = l * rescale + tl.sum(p, 1)
-            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            v = load_tile(v_at, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)     # line 10
             m = new_m
-    store_tile(o_at, o_strides, acc / l[:, None], batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)  # line 12
+    store_tile(o_at, acc / l[:, None], batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)  # line 12
     rows = row + tl.arange(0, BLOCK_M)
     tl.store(L + (batch * H + head).to(tl.int64) * T + rows, (m + tl.log2(l)) * 0.6931471805599453, mask=rows < T)
 
 
 @jit
-def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, o_at, o_strides, dq_at, dq_strides,
-              L, stats, lines, scale, scale_log2, one, H, T, T_padded, S,
+def dq_kernel(q_at, k_at, v_at, do_at, o_at, dq_at, L, stats, one, lines, scale, scale_log2, H, T, T_padded, S,
               GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dQ for one tile of queries: Algorithm 2 without dK and dV, in the forward kernel's loop and order.
@@ -249,11 +248,11 @@ def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strid
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     batch, head = tl.program_id(0) // tiles // H, tl.program_id(0) // tiles % H
-    q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    q = load_tile(q_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     if q.dtype != tl.float32:          # into registers, as in forward_kernel: from 0.73 to 0.63 ms at K = 128
         q = (q.to(tl.float32) * one).to(q.dtype)
-    do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-    o = load_tile(o_at, o_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    do = load_tile(do_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    o = load_tile(o_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                         # line 4
     line, rows = batch * H + head, row + tl.arange(0, BLOCK_M)
     lse = tl.load(L + line.to(tl.int64) * T + rows, mask=rows < T, other=0.0) * 1.4426950408889634
@@ -264,21 +263,20 @@ def dq_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strid
     end = tl.minimum(row + BLOCK_M, S) if CAUSAL else S
     for MASKED in tl.static_range(2):
         for col in tl.range(full if MASKED else 0, end if MASKED else full, BLOCK_N):
-            k = load_tile(k_at, k_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            k = load_tile(k_at, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             s = tl.dot(q, k.T, input_precision=PRECISION)                           # line 10
-            v = load_tile(v_at, v_strides, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
+            v = load_tile(v_at, batch, head // GROUP, col, S, BLOCK_N, K, BLOCK_K, TMA)
             dp = tl.dot(do, v.T, input_precision=PRECISION)                         # line 13
             p = tl.exp2(s * scale_log2 - lse[:, None])                              # line 11
             if MASKED:
                 p = tl.where(visible(row, col, S, CAUSAL, BLOCK_M, BLOCK_N), p, 0.0)
             ds = p * (dp - delta[:, None])                                          # line 14, scaled once at the end
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)           # line 15
-    store_tile(dq_at, dq_strides, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+    store_tile(dq_at, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
 
 
 @jit
-def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_strides, dk_at, dk_strides, dv_at,
-                dv_strides, stats, lines, scale, scale_log2, H, T, T_padded, S,
+def dkdv_kernel(q_at, k_at, v_at, do_at, dk_at, dv_at, stats, lines, scale, scale_log2, H, T, T_padded, S,
                 GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dK and dV for one tile of keys of one key head, summed over the GROUP query heads that share it: Algorithm 2.
@@ -290,8 +288,8 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
     col = tl.program_id(0) % tiles * BLOCK_N
     batch = tl.program_id(0) // tiles // (H // GROUP)
     kv_head = tl.program_id(0) // tiles % (H // GROUP)
-    k = load_tile(k_at, k_strides, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
-    v = load_tile(v_at, v_strides, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    k = load_tile(k_at, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    v = load_tile(v_at, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     ROWS_BY_TMA: tl.constexpr = TMA and BLOCK_M <= 64      # fewer than threads: plain loads would fetch each many times
@@ -307,23 +305,25 @@ def dkdv_kernel(q_at, q_strides, k_at, k_strides, v_at, v_strides, do_at, do_str
         for UNMASKED in tl.static_range(0 if CAUSAL else 1, 2):
             for row in tl.range(full if UNMASKED else first, T if UNMASKED else full, BLOCK_M):
                 rows = row + tl.arange(0, BLOCK_M)
-                q = load_tile(q_at, q_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+                q = load_tile(q_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
                 lse = lse_at.load([line, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(lse_at + rows)
                 sT = tl.dot(k, q.T, input_precision=PRECISION)                      # line 10
                 pT = tl.exp2(sT * scale_log2 - lse[None, :])                        # line 11
                 if not UNMASKED:
                     pT = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= rows[None, :], pT, 0.0)
-                do = load_tile(do_at, do_strides, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
+                do = load_tile(do_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
                 dpT = tl.dot(v, do.T, input_precision=PRECISION)                    # line 13
                 delta = delta_at.load([line + lines, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(delta_at + rows)
                 dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=PRECISION)     # line 12
                 dsT = pT * (dpT - delta[None, :])                                   # line 14, scaled once at the end
                 dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)      # line 16
-    store_tile(dv_at, dv_strides, dv, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
-    store_tile(dk_at, dk_strides, dk * scale, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    store_tile(dv_at, dv, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
+    store_tile(dk_at, dk * scale, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
 
 
 # ---- Starting the kernels -------------------------------------------------------------------------------------------
+#
+# A short sequence takes the GPU less time than careless Python: what can be, is prepared once for each shape.
 
 Tile = namedtuple("Tile", "m n warps stages")             # queries and keys a tile, warps a program, tiles in flight
 
@@ -335,6 +335,7 @@ def _interpreted() -> bool:
 
 INTERPRETER_TILE = Tile(32, 16, 4, 1)                     # small and not square, so that small tests reach every branch
 _fastest: dict[tuple, Tile] = {}
+_prepared: dict[tuple, tuple] = {}                        # by kernel, shapes, strides: tile, descriptors, what to call
 
 
 def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[Tile]:
@@ -359,27 +360,11 @@ def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[T
     return [Tile(*tile) for tile in {"forward": forward, "dq": dq, "dkdv": dkdv}[kernel]]
 
 
-def _start(kernel: str, launch, q: Tensor, k: Tensor, is_causal: bool, descriptors: bool) -> None:
-    """Runs `launch(tile)` with the fastest tile, timing the candidates when a kind of problem is new. Lengths count by
-    the power of two above them: triton.autotune would time everything again for every new length."""
-    if _interpreted():
-        return launch(INTERPRETER_TILE)
-    T, S = (min(triton.next_power_of_2(x.shape[-2]), 16384) for x in (q, k))
-    key = (kernel, T, S, q.shape[-1], q.shape[1] // k.shape[1], q.dtype, is_causal, descriptors, q.device)
-    tiles = _tiles(kernel, q.shape[-1], q.dtype, descriptors)
-    if key not in _fastest:
-        if len(tiles) == 1 or torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up first
-            return launch(tiles[0])
-        times = []
-        for tile in tiles:
-            try:
-                times.append(triton.testing.do_bench(lambda: launch(tile), warmup=5, rep=20, return_mode="median"))
-            except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
-                times.append(math.inf)
-        if min(times) == math.inf:
-            raise ValueError(f"head width {q.shape[-1]} in {q.dtype} does not fit this GPU; use a 16-bit dtype")
-        _fastest[key] = tiles[times.index(min(times))]
-    launch(_fastest[key])
+class Descriptor(TensorDescriptor):
+    """Triton's, without its look at every number again: `_descriptors_fit` has looked, once for each shape."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 def _descriptors_fit(*tensors: Tensor) -> bool:
@@ -390,16 +375,60 @@ def _descriptors_fit(*tensors: Tensor) -> bool:
                and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) for x in tensors)
 
 
-def _operand(x: Tensor, rows: int, descriptors: bool):
-    """What a kernel gets for x: a descriptor for tiles of `rows` rows, or the pointer; and the strides."""
-    box = [1, 1, rows, triton.next_power_of_2(x.shape[-1])]
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), box) if descriptors else x, tuple(x.stride()[:3])
+def _operands(tensors: list[Tensor], sides: str, tile: Tile, descriptors: bool) -> list:
+    """What a kernel gets for each tensor: a descriptor or (pointer, strides). sides: a letter each, "m" for tiles of
+    queries, "n" of keys, "l" for the lines of numbers a query: by descriptor if they are fewer than threads, which
+    would fetch each many times."""
+    wide = triton.next_power_of_2(tensors[0].shape[-1])
+    boxes = {"m": [1, 1, tile.m, wide], "n": [1, 1, tile.n, wide], "l": [1, tile.m]}
+    return [x if side == "l" and not (descriptors and tile.m <= 64) else
+            Descriptor(x, x.shape, x.stride(), boxes[side]) if descriptors else (x, *x.stride()[:3])
+            for x, side in zip(tensors, sides)]
 
 
-def _constants(q: Tensor, k: Tensor, is_causal: bool, descriptors: bool, tile: Tile) -> dict:
-    return dict(GROUP=q.shape[1] // k.shape[1], K=q.shape[-1], BLOCK_K=triton.next_power_of_2(q.shape[-1]),
-                CAUSAL=is_causal, TMA=descriptors, PRECISION="tf32x3", BLOCK_M=tile.m, BLOCK_N=tile.n,
-                num_warps=tile.warps, num_stages=tile.stages)     # PRECISION: float32 only, 3 tf32 products, error 4e-7
+def _launch(kernel, key: tuple, tensors: list[Tensor], sides: str, numbers: list, is_causal: bool) -> None:
+    """Runs a kernel on (B, heads, length, K) tensors, q and k first; key: all that it may depend on but their contents.
+
+    The first time for a key it also finds the fastest tile. Lengths count for that by the power of two above them:
+    triton.autotune would time everything again for every new length.
+    """
+    if key in _prepared:
+        tile, descriptors, run, constants = _prepared[key]
+        return run(*_operands(tensors, sides, tile, descriptors), *numbers, *constants)
+    (B, H, T, K), (G, S), name = tensors[0].shape, tensors[1].shape[1:3], key[0]
+    descriptors = _descriptors_fit(*(x for x, side in zip(tensors, sides) if side != "l"))
+    constants = dict(GROUP=H // G, K=K, BLOCK_K=triton.next_power_of_2(K), CAUSAL=is_causal, TMA=descriptors,
+                     PRECISION="tf32x3")                  # float32 only: three tf32 products, relative error 4e-7
+
+    def start(tile: Tile):
+        programs = triton.cdiv(S, tile.n) * B * G if name == "dkdv" else triton.cdiv(T, tile.m) * B * H
+        sizes = dict(BLOCK_M=tile.m, BLOCK_N=tile.n)
+        compiled = kernel[(programs,)](*_operands(tensors, sides, tile, descriptors), *numbers, **constants, **sizes,
+                                       num_warps=tile.warps, num_stages=tile.stages)
+        return tile, descriptors, compiled and compiled[(programs, 1, 1)], (*constants.values(), *sizes.values())
+
+    if _interpreted():
+        start(INTERPRETER_TILE)
+        return
+    tiles = _tiles(name, K, tensors[0].dtype, descriptors)
+    rough = name, min(triton.next_power_of_2(T), 16384), min(triton.next_power_of_2(S), 16384)
+    rough += K, H // G, tensors[0].dtype, is_causal, descriptors, tensors[0].device
+    if rough not in _fastest and len(tiles) > 1:
+        if torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up first
+            start(tiles[0])
+            return
+        times = []
+        for tile in tiles:
+            try:
+                times.append(triton.testing.do_bench(lambda: start(tile), warmup=5, rep=20, return_mode="median"))
+            except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
+                times.append(math.inf)
+        if min(times) == math.inf:
+            raise ValueError(f"head width {K} in {tensors[0].dtype} does not fit this GPU; use a 16-bit dtype")
+        _fastest[rough] = tiles[times.index(min(times))]
+    if len(_prepared) > 4096:                             # lengths that never come back
+        _prepared.clear()
+    _prepared[key] = start(_fastest.get(rough, tiles[0]))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
@@ -433,68 +462,56 @@ def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
 
 def _fold(x: Tensor) -> Tensor:
     """(..., H, T, K) as (B, H, T, K) with a dense last dimension; a broadcast (stride 0) tensor is copied."""
-    x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x.flatten(0, -4)
-    broadcast = any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape))
-    return x.contiguous() if broadcast or x.stride(-1) != 1 else x
+    if x.dim() != 4:
+        x = x[None] if x.dim() == 3 else x[None, None] if x.dim() == 2 else x.flatten(0, -4)
+    strides = x.stride()
+    broadcast = 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, x.shape))
+    return x.contiguous() if broadcast or strides[-1] != 1 else x
 
 
-@torch.library.custom_op("flash_attn_triton::forward", mutates_args=())
-def flash_forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """O like q, and L (..., T) in float32. An operator of its own, which torch.compile calls without looking inside."""
-    _check(q, k, v, by_triton=True)
+def _key(name: str, is_causal: bool, *tensors: Tensor) -> tuple:
+    """All that the launch of a kernel on these depends on, but for their contents."""
+    return name, is_causal, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """O like q, and L (..., T) in float32."""
+    key = _key("forward", is_causal, q, k, v)
+    if key not in _prepared:
+        _check(q, k, v, by_triton=True)
     o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q, k, v, o4 = _fold(q), _fold(k), _fold(v), _fold(o)
-    (B, H, T, K), S = q.shape, k.shape[2]
-    descriptors = _descriptors_fit(q, k, v, o4)
-
-    def launch(tile: Tile) -> None:
-        forward_kernel[(triton.cdiv(T, tile.m) * B * H,)](
-            *_operand(q, tile.m, descriptors), *_operand(k, tile.n, descriptors), *_operand(v, tile.n, descriptors),
-            *_operand(o4, tile.m, descriptors), L, K**-0.5 * LOG2_E, 1.0, H, T, S,
-            **_constants(q, k, is_causal, descriptors, tile))
-
+    (_, H, T, K), S = q.shape, k.shape[2]
     with torch.cuda.device(q.get_device()):
-        _start("forward", launch, q, k, is_causal, descriptors)
+        _launch(forward_kernel, key, [q, k, v, o4], "mnnm", [L, K**-0.5 * LOG2_E, 1.0, H, T, S], is_causal)
     return o, L
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor,
+               is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV from what the forward pass saved: one kernel for each side."""
+    do = do.to(q.dtype)
+    keys = [_key(name, is_causal, q, k, v, o, do) for name in ("dq", "dkdv")]
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do)
+    (B, H, T, K), S, scale = q.shape, k.shape[2], q.shape[-1]**-0.5
+    T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
+    stats = (q.new_empty if T == T_padded else q.new_zeros)((2 * B * H, T_padded), dtype=torch.float32)
+    sizes = [B * H, scale, scale * LOG2_E, H, T, T_padded, S]                       # stats: a line of L a head, one of D
+    with torch.cuda.device(q.get_device()):
+        _launch(dq_kernel, keys[0], [q, k, v, do, o, _fold(dq)], "mnnmmm", [L, stats, 1.0, *sizes], is_causal)
+        _launch(dkdv_kernel, keys[1], [q, k, v, do, _fold(dk), _fold(dv), stats], "mnnmnnl", sizes, is_causal)
+    return dq, dk, dv
+
+
+# Operators, which torch.compile calls without looking inside; they cost 50 us, which eager code saves.
+flash_forward = torch.library.custom_op("flash_attn_triton::forward", _forward, mutates_args=())
+flash_backward = torch.library.custom_op("flash_attn_triton::backward", _gradients, mutates_args=())
 
 
 @flash_forward.register_fake
 def _(q, k, v, is_causal):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("flash_attn_triton::backward", mutates_args=())
-def flash_backward(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor,
-                   is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV from what the forward pass saved: one kernel for each side."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do.to(q.dtype))
-    dq4, dk4, dv4 = _fold(dq), _fold(dk), _fold(dv)
-    (B, H, T, K), (G, S), scale = q.shape, k.shape[1:3], q.shape[-1]**-0.5
-    T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
-    stats = q.new_zeros((2 * B * H, T_padded), dtype=torch.float32)                 # per head a line of L, one of D
-    descriptors = _descriptors_fit(q, k, v, o, do, dq4, dk4, dv4)
-
-    def inputs(tile: Tile) -> list:
-        return [x for tensor, rows in ((q, tile.m), (k, tile.n), (v, tile.n), (do, tile.m))
-                for x in _operand(tensor, rows, descriptors)]
-
-    def launch_dq(tile: Tile) -> None:
-        dq_kernel[(triton.cdiv(T, tile.m) * B * H,)](
-            *inputs(tile), *_operand(o, tile.m, descriptors), *_operand(dq4, tile.m, descriptors), L, stats, B * H,
-            scale, scale * LOG2_E, 1.0, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
-
-    def launch_dkdv(tile: Tile) -> None:
-        rows_by_tma = descriptors and tile.m <= 64
-        lines = TensorDescriptor(stats, list(stats.shape), [T_padded, 1], [1, tile.m]) if rows_by_tma else stats
-        dkdv_kernel[(triton.cdiv(S, tile.n) * B * G,)](
-            *inputs(tile), *_operand(dk4, tile.n, descriptors), *_operand(dv4, tile.n, descriptors), lines, B * H,
-            scale, scale * LOG2_E, H, T, T_padded, S, **_constants(q, k, is_causal, descriptors, tile))
-
-    with torch.cuda.device(q.get_device()):
-        _start("dq", launch_dq, q, k, is_causal, descriptors)
-        _start("dkdv", launch_dkdv, q, k, is_causal, descriptors)
-    return dq, dk, dv
 
 
 @flash_backward.register_fake
@@ -508,7 +525,8 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, do: Tensor, _unused=None):
-    return *flash_backward(*ctx.saved_tensors, do, ctx.is_causal), None
+    gradients = flash_backward if torch.compiler.is_compiling() else _gradients
+    return *gradients(*ctx.saved_tensors, do, ctx.is_causal), None
 
 
 flash_forward.register_autograd(_backward, setup_context=_save)
@@ -525,7 +543,7 @@ class FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """Algorithm 1 in one kernel."""
-        o, L = flash_forward(q, k, v, is_causal)
+        o, L = (flash_forward if torch.compiler.is_compiling() else _forward)(q, k, v, is_causal)
         _save(ctx, (q, k, v, is_causal), (o, L))
         return o
 
@@ -542,7 +560,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    return flash_forward(q, k, v, is_causal)[0]
+    if torch.compiler.is_compiling():
+        return flash_forward(q, k, v, is_causal)[0]
+    return FlashAttentionTriton.apply(q, k, v, is_causal)
 
 
 # ---- Walk-through, check, benchmark ---------------------------------------------------------------------------------

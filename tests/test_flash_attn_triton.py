@@ -32,8 +32,10 @@ def first_tile(monkeypatch):
     every = flash._tiles
     monkeypatch.setattr(flash, "_tiles", lambda *args: every(*args)[:1])
     flash._fastest.clear()
+    flash._prepared.clear()
     yield every
     flash._fastest.clear()
+    flash._prepared.clear()
 
 
 def tensors(q_shape, kv_shape, dtype=torch.float32, seed=0):
@@ -274,6 +276,7 @@ def test_every_tile(monkeypatch, first_tile, K, descriptors):
     for number in range(3):
         monkeypatch.setattr(flash, "_tiles", lambda *args: (first_tile(*args) * 2)[number:][:1])
         flash._fastest.clear()
+        flash._prepared.clear()
         check(FlashAttentionTriton.apply, q, k, v, do, True)
 
 
