@@ -486,8 +486,41 @@ PRESETS: dict[str, tuple[dict, dict]] = {
             dict(steps=20_000, batch_size=256, micro_batch_size=64, max_lr=2e-3, min_lr=2e-5, warmup_steps=1000,
                  eval_every=1000, eval_windows=1024, checkpoint_every=2000, log_every=50, precision="autocast")),
 }
-SIZES = {"small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (2560, 32, 32),
-         "10b": (4608, 50, 36)}                           # width, layers, heads
+SIZES = {name: dict(zip(("d_model", "num_layers", "num_heads"), shape), d_ff=None) for name, shape in {
+    "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (2560, 32, 32),
+    "8b": (4096, 34, 32), "10b": (4608, 50, 36)}.items()}
+SIZES["8b"].update(vocab_size=151_936, context_length=32_768, d_ff=11_008)
+# What `--benchmark 8b` means, on two GPUs of 141 GB; every flag given on the command line overrides its own.
+FLAGS_8B = dict(parallel="fsdp", batch_size=2, precision="bf16", compile=True, attention="triton", update="triton",
+                recompute_hidden=14, modes=["step"], warmup=2, repeats=4)
+
+
+def recompute_hidden(model: torch.nn.Module, blocks: int | None, compile: Callable) -> None:
+    """Has every block keep for backward only what is dear to make: the results of attention and of matrix products.
+    Norms, rotations and gates are made again; in the first `blocks` blocks also the feed-forward's two products (T, F).
+
+    Bytes a token and block in bf16: 12 D + 4 H and, if kept, 4 F. None: all is kept that backward reads. `compile` wraps
+    each block, inside FSDP's hooks; all blocks share one compilation of each kind.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+    d_ff = model.config.d_ff
+
+    def policy(hidden_too: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        keep = "attention" in str(op) or "flash_attn" in str(op)
+        if op is torch.ops.aten.mm.default:               # (T, D) x (D, D or F) or, whose result nobody reads, x (F, D)
+            (_, inner), (_, outer) = args[0].shape, args[1].shape
+            keep = inner != d_ff and (outer != d_ff or not hidden_too)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective(hidden_too: bool) -> Callable:
+        contexts = partial(create_selective_checkpoint_contexts, partial(policy, hidden_too))
+        return compile(lambda block, *args: checkpoint(type(block).forward, block, *args, use_reentrant=False,
+                                                       context_fn=contexts))
+    kinds = [selective(False), selective(True)] if blocks is not None else [compile(lambda block, *args:
+                                                                                    type(block).forward(block, *args))]
+    for i, block in enumerate(model.layers):
+        block.forward = partial(kinds[blocks is not None and i < blocks], block)
+    model.ln_final.forward = compile(model.ln_final.forward)
 
 
 class Setup:
@@ -500,7 +533,7 @@ class Setup:
         self.args, self.bpe, self.lm, self.optim, self.rank = args, bpe, model, optim, 0
         shape, run = (dict(values) for values in PRESETS[args.preset])
         if args.benchmark:
-            shape.update(zip(("d_model", "num_layers", "num_heads"), SIZES[args.benchmark]), d_ff=None)
+            shape.update(SIZES[args.benchmark])
         for values, kind in ((shape, model.ModelConfig), (run, TrainConfig)):
             given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(kind)}
             values.update({name: value for name, value in given.items() if value is not None})
@@ -520,7 +553,10 @@ class Setup:
             import flash_attn_triton
             self.attention = flash_attn_triton.flash_attention
         else:
-            self.attention = {"plain": model.plain_attention, "sdpa": model.sdpa_attention}[args.attention]
+            self.attention = model.plain_attention if args.attention == "plain" else model.sdpa_attention
+        if args.attention == "cudnn":                     # of torch's own kernels this one, or an error
+            for other in ("flash", "mem_efficient", "math"):
+                getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
         self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
         backend = "triton" if self.device.type == "cuda" else "torch"
         full = lambda m, x, y: model.cross_entropy(m(x), y)
@@ -536,7 +572,9 @@ class Setup:
     def model(self) -> torch.nn.Module:
         """A new model, the same one for the same seed."""
         torch.manual_seed(self.config.seed)
-        model = self.lm.TransformerLM(self.model_config, attention=self.attention, checkpoint_every=self.args.recompute)
+        with self.device if self.args.benchmark else contextlib.nullcontext():    # no run's weights: let the GPU draw
+            model = self.lm.TransformerLM(self.model_config, attention=self.attention,
+                                          checkpoint_every=self.args.recompute)
         return model.to(self.device, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -557,10 +595,11 @@ class Setup:
             if args.parallel == "zero1":
                 options["optimizer_cls"], adamw = adamw, sharded_optim.ShardedOptimizer
             else:
-                wrapper = sharded_optim.FSDP(model, torch.bfloat16 if c.precision == "autocast" else None)
+                wrapper = sharded_optim.FSDP(model, torch.bfloat16 if c.precision == "autocast" else None,
+                                             torch.bfloat16 if c.precision == "bf16" else torch.float32)
                 self.whole = wrapper.gathered
-                for block in model.layers if args.compile else ():
-                    block.forward = torch.compile(block.forward, mode=args.compile_mode)
+                compile = partial(torch.compile, mode=args.compile_mode) if args.compile else lambda forward: forward
+                recompute_hidden(model, args.recompute_hidden, compile)
         if args.optimizer == "muon":
             if args.parallel in ("zero1", "fsdp"):
                 raise ValueError("muon needs whole matrices; use --parallel ddp, or --optimizer adamw")
@@ -571,6 +610,17 @@ class Setup:
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(grouped) == sorted(map(id, own)), "a parameter stands in no group, or in two"
         return optimizer, wrapper
+
+    def memory(self, ranks: int) -> dict[str, float]:
+        """Bytes of a rank where a step of FSDP holds most: the loss's backward, when all blocks' activations are there
+        and no gradient is yet. In bf16 with fp32 masters and moments, as `recompute_hidden` keeps activations."""
+        c, V = self.model_config, self.model_config.vocab_size
+        tokens = self.config.batch_size // ranks * c.context_length
+        block = tokens * (12 * c.d_model + 4 * c.num_heads)
+        kept = c.num_layers - self.args.recompute_hidden
+        return {"masters and moments": 12 * self.lm.count_parameters(c) / ranks, "blocks": c.num_layers * block,
+                "feed-forward products": kept * 4 * tokens * c.d_ff,
+                "the head, its gradient in fp32 twice and bf16": 12 * V * c.d_model, "stream": 8 * tokens * c.d_model}
 
     def data(self) -> tuple[np.ndarray, np.ndarray, Any]:
         """Training and validation tokens, and their tokenizer; what is missing of the embedded corpus is made now."""
@@ -693,36 +743,46 @@ def plot(run_dirs: list[Path]) -> None:
 def bench(setup: Setup) -> None:
     """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here."""
     args, config, device = setup.args, setup.config, setup.device
-    cuda, B, T = device.type == "cuda", config.batch_size, config.context_length
+    ranks = torch.distributed.get_world_size() if args.parallel != "none" else 1
+    if config.batch_size % ranks:
+        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {ranks} ranks")
+    say = partial(print, flush=True) if setup.rank == 0 else lambda *text: None
+    cuda, B, T = device.type == "cuda", config.batch_size // ranks, config.context_length
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    ceiling = 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
+    ceiling = ranks * 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
-    causal = B * (flops["total"] - flops["attention scores and sums"] / 2)      # half of the scores lie in the future
+    causal = ranks * B * (flops["total"] - flops["attention scores and sums"] / 2)  # half of the scores are not seen
     count = setup.lm.count_parameters(setup.model_config)
-    print(f"{count / 1e6:.1f}M, {B} x {T} tokens, {config.precision}, {args.attention} attention, {args.loss} "
-          f"loss, update {args.update}, compile {args.compile}, recompute {args.recompute} | "
-          f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | ceiling "
-          f"{ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
-    print("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
-    tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint16)
-    generator = torch.Generator().manual_seed(config.seed)
+    say(f"{count / 1e6:.1f}M, {config.batch_size} x {T} tokens, {config.precision}, {args.attention} attention, "
+        f"{args.loss} loss, update {args.update}, compile {args.compile}, recompute {args.recompute}, parallel "
+        f"{args.parallel} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | "
+        f"ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
+    if args.parallel == "fsdp" and args.recompute_hidden is not None:
+        say("predicted peak: " + " + ".join(f"{name} {size / 1e9:.1f}" for name, size in setup.memory(ranks).items()) +
+            f" = {sum(setup.memory(ranks).values()) / 1e9:.1f} GB a rank")
+    say("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
+    tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint32)
+    generator = torch.Generator().manual_seed(config.seed + setup.rank)
     for mode in args.modes:
         model = setup.model()
-        optimizer, _ = setup.join(model)
+        optimizer, wrapper = setup.join(model)
 
         def one() -> None:
             x, y = get_batch(tokens, B, T, device, generator)
             if mode == "step":
-                training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config)
+                training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config, wrapper)
                 return
             with torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
                 loss = setup.loss_fn(model, x, y)
             if mode == "forward+backward":
                 loss.backward()
+                if wrapper is not None:
+                    wrapper.finish_gradient_synchronization()
                 optimizer.zero_grad(set_to_none=True)
 
         if cuda:
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         if args.memory_snapshot:
             torch.cuda.memory._record_memory_history()
@@ -734,16 +794,19 @@ def bench(setup: Setup) -> None:
         seconds = statistics.median(times)
         rate = causal * (1 if mode == "forward" else 3) / seconds
         mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
-        print(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {B * T / seconds:11,.0f} {rate / 1e12:8.2f} "
-              f"{rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
+        say(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {ranks * B * T / seconds:11,.0f} "
+            f"{rate / 1e12:8.2f} {rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
         if args.profile:
             with torch.profiler.profile() as profile:
-                measure(one, cuda, 0, 3)
+                measure(one, cuda, 0, 1 if args.benchmark == "8b" else 3)
             key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-            print(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-            profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
+            say(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+            if setup.rank == 0:
+                profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
         if args.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
+    if ranks > 1:
+        torch.distributed.destroy_process_group()
 
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
@@ -821,11 +884,13 @@ def main() -> int:
     add("--update", choices=["loop", "foreach", "triton"], default="foreach", help="AdamW's way over the parameters")
     add("--parallel", choices=["none", "ddp", "zero1", "fsdp"], default="none", help="under torchrun")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
-    add("--attention", choices=["plain", "sdpa", "triton"], default="sdpa")
+    add("--attention", choices=["plain", "sdpa", "cudnn", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="fused", help="fused: the (B * T, V) logits never exist")
-    add("--compile", action="store_true")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False)
     add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
+    add("--recompute-hidden", type=int, metavar="N", help="fsdp: keep of a block only products and attention; N blocks "
+        "make their feed-forward's products again as well")
     add("--prompt", default="def get(self")
     add("--sample-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.7)
@@ -846,6 +911,9 @@ def main() -> int:
         if kind:
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
             add("--" + name.replace("_", "-"), help=f"{config.__name__}, default by preset", **how)
+    if parser.parse_known_args()[0].benchmark == "8b":
+        parser.set_defaults(**FLAGS_8B)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # few gaps between the tensors
     args = parser.parse_args()
     args.run_dir = args.run_dir or ("out/train" if args.preset == "corpus" else f"out/{args.preset}-train")
     try:
