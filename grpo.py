@@ -20,8 +20,9 @@ Run:        python grpo.py --explain
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
-import io
+import functools
 import json
 import math
 import os
@@ -32,8 +33,9 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable
+from typing import BinaryIO, Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -359,14 +361,23 @@ def grpo_microbatch_train_step(
 # ---------------------------------------------------------------- engines: token ids in, ids and log-probabilities out
 
 
+def text_of(tokenizer, ids) -> str:
+    """The text of ids, without those that the tokenizer lacks: a model's table is often padded beyond it (Qwen2.5:
+    151,936 rows for 151,665 tokens), and an untrained model samples from all of it."""
+    try:
+        return tokenizer.decode(list(ids))
+    except ValueError:
+        return tokenizer.decode([i for i in ids if i in tokenizer.vocab])
+
+
 class TorchEngine:
     """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
     name = "torch"
 
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
-                 batch_size: int = 256):
+                 batch_size: int = 256, graph: bool = False):
         self.tokenizer, self.generate_fn, self.stop_ids = tokenizer, generate_fn, list(stop_ids)
-        self.batch_size = batch_size
+        self.batch_size, self.graph = batch_size, graph
         own = dtype not in (None, next(model.parameters()).dtype)
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(False) if own else model
 
@@ -379,7 +390,8 @@ class TorchEngine:
         for start in range(0, len(prompts), together):
             answers += self.generate_fn(
                 self.model, prompts[start:start + together], max_new_tokens=max_tokens, min_new_tokens=min_tokens,
-                temperature=temperature, num_samples=num_samples, decode=self.tokenizer.decode, seed=seed + start,
+                temperature=temperature, num_samples=num_samples, seed=seed + start, graph=self.graph,
+                decode=functools.partial(text_of, self.tokenizer),
                 stop_ids=self.stop_ids + [special[s] for s in stop if s in special],
                 stop_strings=[s for s in stop if s not in special])
         return answers
@@ -423,7 +435,7 @@ class VllmEngine:
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
-                                finish_reason=answer.finish_reason, text=self.tokenizer.decode(list(answer.token_ids)))
+                                finish_reason=answer.finish_reason, text=text_of(self.tokenizer, answer.token_ids))
                 for output in outputs for answer in output.outputs]
 
     def sync(self, model) -> None:
@@ -482,7 +494,7 @@ class GRPOConfig:
     max_tokens: int = 1024
     clip_norm: float = 1.0
     eval_every: int = 5
-    checkpoint_every: int = 10
+    checkpoint_every: int = 10               # 0: never
     seed: int = 0
 
     def __post_init__(self):
@@ -491,7 +503,7 @@ class GRPOConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
         for field in fields(self):
-            if field.type == "int" and field.name != "seed" and getattr(self, field.name) < 1:
+            if field.type == "int" and field.name not in ("seed", "checkpoint_every") and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
         for name in ("group_size", "train_batch_size"):
             if self.rollout_batch_size % (divisor := getattr(self, name)):
@@ -531,11 +543,11 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
     Returns: loss and gnorm (the gradient norm); sums over the response tokens computed: tokens, clipped, gap = |trainer
-    - engine|; positions: those tokens with prompts and padding.
+    - engine|; trained: those tokens and their prompts', padding left out.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
-    sums = dict.fromkeys(("loss", "gnorm", "tokens", "clipped", "gap", "positions"), 0.0)
+    sums = dict.fromkeys(("loss", "gnorm", "tokens", "clipped", "gap", "trained"), 0.0)
     for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
@@ -553,7 +565,8 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
             advantages[members].to(mask.device), before, config.clip, length_normalization=config.length_normalization,
             normalize_constant=config.max_tokens, importance_weights=weights)
         for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
-                           ("positions", mask.numel()), ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
+                           ("trained", sum(length_of(answers[i]) for i in members)),
+                           ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
             sums[key] += float(value)
     if rows:
         sums["gnorm"] = float(clip(parameters, config.clip_norm))
@@ -564,7 +577,8 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
 
 def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
                encode: Callable, score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",),
-               run_dir: str | None = None, resume: bool = False, log: Callable[[str], None] = print) -> list[dict]:
+               run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
+               log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
 
     problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
@@ -593,7 +607,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
-            write_whole(os.path.join(run_dir, "log.jsonl"), "".join(json.dumps(x) + "\n" for x in history).encode())
+            with write_whole(os.path.join(run_dir, "log.jsonl")) as file:
+                file.write("".join(json.dumps(x) + "\n" for x in history).encode())
     if first == 0:
         record({"step": 0, **evaluate()})
     for step in range(first, config.steps):
@@ -628,18 +643,19 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                                       raw[rows], [old[i] for i in rows] if old else None, settings, clip))
         # 4. What happened
         train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
-        computed = max(sum(u["tokens"] for u in updates), 1)
+        computed, trained = (sum(u[key] for u in updates) for key in ("tokens", "trained"))
         line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
                 "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"],
                 "loss": mean(u["loss"] for u in updates), "gnorm": mean(u["gnorm"] for u in updates),
-                "clipped": sum(u["clipped"] for u in updates) / computed,
-                "gap": sum(u["gap"] for u in updates) / computed,
+                "clipped": sum(u["clipped"] for u in updates) / max(computed, 1),
+                "gap": sum(u["gap"] for u in updates) / max(computed, 1),
                 "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
                 "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
                 "truncated": mean(a.finish_reason == "length" for a in answers),
                 "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds,
-                "train_s": train_seconds, "train_tok/s": sum(u["positions"] for u in updates) / train_seconds,
+                "train_s": train_seconds, "train_tok/s": trained / train_seconds,
+                "train_tflop/s": trained * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
         if updates and not math.isfinite(line["loss"]):
             raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
@@ -647,11 +663,11 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
             line |= evaluate()
         record(line)
-        if last and ((step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps):
-            buffer = io.BytesIO()
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "history": history, "config": asdict(config)}, buffer)
-            write_whole(last, buffer.getvalue())
+        every = config.checkpoint_every
+        if last and every and ((step + 1) % every == 0 or step + 1 == config.steps):
+            with write_whole(last) as file:
+                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                            "history": history, "config": asdict(config)}, file)
     return history
 
 
@@ -661,14 +677,20 @@ def mean(values) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def write_whole(path: str, content: bytes) -> None:   # twin: sft.py
-    """All of it or nothing: to a temporary name first, then renamed."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
+    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- explain, check, time, run
@@ -749,6 +771,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
     add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
+    add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
     add("--eval-size", type=int, default=256)
     add("--resume", action="store_true")
     add("--explain", action="store_true", help="one group of answers with its numbers, and the check")
@@ -799,16 +822,25 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
                  "coin": lambda response, truth: {"reward": float(zlib.crc32(response.encode()) % 2),
                                                   "format_reward": 0.0, "answer_reward": 0.0}}[args.reward]
-    options = dict(dtype=dtype) if args.engine == "torch" else dict(dtype=args.dtype, sleeps=args.device != "cuda:1")
+    options = (dict(dtype=dtype, graph=args.device != "cpu") if args.engine == "torch" else
+               dict(dtype=args.dtype, sleeps=args.device != "cuda:1"))
     engine = open_engine(args.engine, model, tokenizer, source, end, **options)
+    head = sft.head_log_probs
+    if args.compile:                                                      # the trainer's; an engine that shares the
+        head = torch.compile(head, dynamic=True)                          # model's weights generates with other shapes
+        for block in model.layers:
+            block.compile(dynamic=True)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
+    flops = 6 * model_py.count_parameters(model)
 
     def score(answers: list) -> tuple[Tensor, Tensor]:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
         ids, labels, mask = (x.to(args.device) for x in batch.values())
         with torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32):
-            return sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask)["log_probs"], mask
+            log_probs = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask,
+                                                           head_log_probs=head)["log_probs"]
+        return log_probs, mask
 
     def evaluate() -> dict:
         if not held_out:
@@ -823,7 +855,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     history = train_grpo(
         model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
         encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
-        resume=args.resume)
+        resume=args.resume, flops_per_token=flops)
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
     first, last = history[0], history[-1]

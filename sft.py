@@ -137,29 +137,32 @@ def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
     return result
 
 
-def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
-                                   response_mask: Tensor | None = None, chunk_tokens: int = 2048) -> dict[str, Tensor]:
+def head_log_probs(head, rows: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    """log p of the labels (N,) and entropies (N,; zeros unless asked for) from hidden rows (N, D) and the LM head."""
+    logits = at_least_float32(head(rows))                                                # (N, V)
+    entropy = compute_entropy(logits.detach()) if with_entropy else logits.new_zeros(len(rows))
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1), entropy
+
+
+def get_response_log_probs_chunked(
+        model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
+        response_mask: Tensor | None = None, chunk_tokens: int = 2048, head_log_probs: Callable = head_log_probs
+        ) -> dict[str, Tensor]:
     """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens`
     positions at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the
-    result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB."""
+    result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB.
+    head_log_probs: that function, or torch.compile of it."""
     if not hasattr(model, "hidden"):
         raise ValueError("chunks need model.hidden(ids) and model.lm_head; use get_response_log_probs for other models")
     hidden = model.hidden(input_ids)                                                     # (B, T, D)
     where = torch.ones_like(labels, dtype=torch.bool) if response_mask is None else response_mask.bool()
-    rows, targets = hidden[where], labels[where]                                         # (N, D), (N,)
-
-    def head(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = at_least_float32(model.lm_head(rows))                                   # (chunk, V)
-        entropy = compute_entropy(logits.detach()) if return_token_entropy else logits.new_zeros(len(rows))
-        return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1), entropy
-
-    parts = [checkpoint(head, r, t, use_reentrant=False)                   # split() of nothing is one empty chunk
-             for r, t in zip(rows.split(chunk_tokens), targets.split(chunk_tokens))]
-    log_probs = torch.cat([p[0] for p in parts])
+    parts = [checkpoint(head_log_probs, model.lm_head, rows, targets, return_token_entropy, use_reentrant=False)
+             for rows, targets in zip(hidden[where].split(chunk_tokens), labels[where].split(chunk_tokens))]
+    log_probs, entropy = (torch.cat(x) for x in zip(*parts))               # split() of nothing is one empty chunk
     zeros = torch.zeros(labels.shape, dtype=log_probs.dtype, device=labels.device)
     result = {"log_probs": zeros.masked_scatter(where, log_probs)}
     if return_token_entropy:
-        result["token_entropy"] = zeros.masked_scatter(where, torch.cat([p[1] for p in parts]).detach())
+        result["token_entropy"] = zeros.masked_scatter(where, entropy.detach())
     return result
 
 
