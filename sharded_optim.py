@@ -733,7 +733,7 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
             print(f"{dist.get_backend()} | N = {world_size} | {sum(sizes) / 1e6:.0f} M parameters, width {width}, "
                   f"{layers} layers, {B} x {T} tokens a rank")
             print(f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
-        for _ in range(2):                                                     # the first one makes the moments
+        for _ in range(3):                           # the first makes the moments, torch DDP its buckets in the second
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             _step(model, optimizer, torch.randint(args.vocab, (1, 64), device=device))

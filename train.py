@@ -796,10 +796,13 @@ def bench(setup: Setup) -> None:
         mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
         say(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {ranks * B * T / seconds:11,.0f} "
             f"{rate / 1e12:8.2f} {rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
+        if cuda and (retries := torch.cuda.memory_stats()["num_alloc_retries"]):
+            say(f"memory is short: the allocator waited {retries} times; raise --recompute-hidden or --recompute")
         if args.profile:
             with torch.profiler.profile() as profile:
                 measure(one, cuda, 0, 1 if args.benchmark == "8b" else 3)
             key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+            say(where_time_goes(profile))
             say(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
             if setup.rank == 0:
                 profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
@@ -807,6 +810,18 @@ def bench(setup: Setup) -> None:
             torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
     if ranks > 1:
         torch.distributed.destroy_process_group()
+
+
+def where_time_goes(profile: torch.profiler.profile) -> str:
+    """The GPU's seconds by kind of kernel. Communication runs beside the others, so it is not part of their sum."""
+    kinds = {"communication": ("nccl",), "attention": ("forward_kernel", "dq_kernel", "dkdv_kernel", "flash", "fmha", "sdpa"),
+             "matrix products": ("nvjet", "gemm", "cutlass"), "update": ("adamw",), "all the rest": ("",)}
+    seconds = dict.fromkeys(kinds, 0.0)
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            kind = next(kind for kind, words in kinds.items() if any(word in event.key.lower() for word in words))
+            seconds[kind] += event.self_device_time_total / 1e6
+    return "GPU seconds: " + ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
 
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
