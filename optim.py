@@ -88,6 +88,7 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"fused must be None, 'foreach' or 'triton', got {fused!r}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
         self.state_dtype, self.fused, self.master_weights = state_dtype, fused, master_weights
+        self._tables: dict[int, tuple] = {}                                # of fused="triton", by first parameter
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -112,6 +113,7 @@ class AdamW(torch.optim.Optimizer):
         """As torch's, but the moments and masters keep the dtype they were saved in (torch's casts them to the
         parameter's)."""
         super().load_state_dict(state_dict)
+        self._tables.clear()
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, p in zip(saved, (p for group in self.param_groups for p in group["params"])):
             for name, x in state_dict["state"].get(i, {}).items():
@@ -156,36 +158,50 @@ class AdamW(torch.optim.Optimizer):
         if rounded:
             torch._foreach_copy_(*map(list, zip(*rounded)))
 
-
     def _triton(self, params: list[Tensor], group: dict) -> None:
-        """The same in one pass over memory: each weight, gradient and moment is read once and written once."""
+        """The same in one pass over memory: each weight, gradient and moment is read once and written once.
+
+        The kernel finds the tensors in a table of addresses on the GPU, which is written again only when one has moved.
+        """
         if triton is None or not (params[0].is_cuda or triton.knobs.runtime.interpret):
             raise ValueError("AdamW(fused='triton') needs triton and CUDA parameters; use fused='foreach' here")
         lr, eps, decay = float(group["lr"]), float(group["eps"]), group["weight_decay"]
         beta1, beta2 = map(float, group["betas"])
-        launches: dict[tuple, list[list[Tensor]]] = {}                     # tensors for which the kernel is the same
-        for p in params:
-            state = self.state[p]
+        states = [self.state[p] for p in params]
+        for state in states:
             state["step"] += 1
-            if not p.is_contiguous():
-                raise ValueError(f"AdamW(fused='triton') walks over memory in order, but a parameter of shape "
-                                 f"{tuple(p.shape)} is not contiguous; use fused='foreach'")
-            tensors = [p, p.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"], state.get("master", p)]
-            aligned = p.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in tensors)
-            launches.setdefault((*(x.dtype for x in tensors), state["step"], p.device, aligned), []).append(tensors)
-        for (*_, t, device, aligned), rows in launches.items():
-            blocks = [triton.cdiv(tensors[0].numel(), ADAMW_BLOCK) for tensors in rows]
-            starts, (p, grad, m, _, master) = itertools.accumulate(blocks, initial=0), rows[0]
-            table = torch.tensor([[*(x.data_ptr() for x in tensors), tensors[0].numel(), start]
-                                  for tensors, start in zip(rows, starts)])
-            owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(blocks))       # of each program, its tensor
-            table, owners = ((x.pin_memory() if p.is_cuda else x).to(device, non_blocking=True)
-                             for x in (table, owners))
-            dtypes = [_triton_dtype(x.dtype) for x in (p, grad, m, master)]
-            with torch.cuda.device_of(p):
+        rows = [(p, p.grad.contiguous(), s["exp_avg"], s["exp_avg_sq"], s.get("master", p))
+                for p, s in zip(params, states)]
+        newest = states[0]["step"]                                         # a parameter may have started later
+        found = [x.data_ptr() for row in rows for x in row], [newest - s["step"] for s in states]
+        if self._tables.get(id(params[0]), (None,))[0] != found:
+            self._tables[id(params[0])] = found, self._tabulate(rows, found[1])
+        for (_, age, *dtypes, aligned, has_master), table, owners in self._tables[id(params[0])][1]:
+            t = newest - age
+            with torch.cuda.device_of(table):
                 _adamw_kernel[(len(owners),)](
                     table, owners, 1 - lr * decay, beta1, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1 ** t),
-                    1 / (1 - beta2 ** t), eps, *dtypes, MASTER=master is not p, ALIGNED=aligned, BLOCK=ADAMW_BLOCK)
+                    1 / (1 - beta2 ** t), eps, *dtypes, MASTER=has_master, ALIGNED=aligned, BLOCK=ADAMW_BLOCK)
+
+    def _tabulate(self, rows: list[tuple[Tensor, ...]], ages: list[int]) -> list[tuple]:
+        """For each set of tensors that one launch can do: what it has in common, addresses, each program's row."""
+        launches: dict[tuple, list[tuple[Tensor, ...]]] = {}
+        for age, row in zip(ages, rows):
+            p, grad, m, _, master = row
+            if not all(x.is_contiguous() for x in row):
+                raise ValueError(f"AdamW(fused='triton') walks over memory in order, but a parameter of shape "
+                                 f"{tuple(p.shape)} is not contiguous; use fused='foreach'")
+            aligned = p.numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in row)
+            dtypes = [_triton_dtype(x.dtype) for x in (p, grad, m, master)]
+            launches.setdefault((p.device, age, *dtypes, aligned, master is not p), []).append(row)
+        tables = []
+        for common, rows in launches.items():
+            blocks = [triton.cdiv(row[0].numel(), ADAMW_BLOCK) for row in rows]
+            table = torch.tensor([[*(x.data_ptr() for x in row), row[0].numel(), start] for row, start in
+                                  zip(rows, itertools.accumulate(blocks, initial=0))])
+            owners = torch.arange(len(rows)).repeat_interleave(torch.tensor(blocks))       # of each program, its tensor
+            tables.append((common, *(x.to(common[0]) for x in (table, owners))))
+        return tables
 
 
 ADAMW_BLOCK = 4096
