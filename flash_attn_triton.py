@@ -519,13 +519,18 @@ def _(q, k, v, o, L, do, is_causal):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
+def _eager(x: Tensor) -> bool:
+    """Whether this runs now, on numbers: torch 2.11 traces a backward pass with is_compiling False."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.is_causal = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
 def _backward(ctx, do: Tensor, _unused=None):
-    gradients = _gradients if type(do) is Tensor else flash_backward     # torch 2.11 traces this with is_compiling False
+    gradients = _gradients if _eager(do) else flash_backward
     return *gradients(*ctx.saved_tensors, do, ctx.is_causal), None
 
 
@@ -543,7 +548,7 @@ class FlashAttentionTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
         """Algorithm 1 in one kernel."""
-        o, L = (flash_forward if torch.compiler.is_compiling() else _forward)(q, k, v, is_causal)
+        o, L = (_forward if _eager(q) else flash_forward)(q, k, v, is_causal)
         _save(ctx, (q, k, v, is_causal), (o, L))
         return o
 
@@ -560,9 +565,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> 
     """
     if torch.is_autocast_enabled(q.device.type):
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if torch.compiler.is_compiling():
-        return flash_forward(q, k, v, is_causal)[0]
-    return FlashAttentionTriton.apply(q, k, v, is_causal)
+    return FlashAttentionTriton.apply(q, k, v, is_causal) if _eager(q) else flash_forward(q, k, v, is_causal)[0]
 
 
 # ---- Walk-through, check, benchmark ---------------------------------------------------------------------------------
@@ -626,19 +629,33 @@ def self_check(seed: int = 0) -> dict[str, float]:
     return worst
 
 
-def _median_ms(function) -> float | str:
-    """Median milliseconds, or why there are none. On a GPU by triton.testing.do_bench, which empties the L2 cache."""
+def _median_ms(function) -> float:
+    """Median milliseconds of a call; on a GPU with its L2 cache emptied before each."""
+    if torch.cuda.is_available():
+        return triton.testing.do_bench(function, warmup=5, rep=30, return_mode="median")
+    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.3).median * 1e3
+
+
+def _times(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[float] | list[str]:
+    """Median milliseconds of forward, backward and both, or why there are none."""
     try:
-        function()                                        # warm-up: compiles, times the tiles
-        if torch.cuda.is_available():
-            return triton.testing.do_bench(function, warmup=10, rep=50, return_mode="median")
-        return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.3).median * 1e3
-    except torch.cuda.OutOfMemoryError:
-        return "memory"
+        out = attention(q, k, v)                          # compiles, times the tiles
+        return [_median_ms(lambda: attention(q, k, v)),
+                _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True)),
+                _median_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))]
+    except torch.OutOfMemoryError:
+        return ["memory"] * 3
     except RuntimeError as error:                         # SDPA: "No available kernel" for a dtype or width
         if "vailable kernel" not in str(error):
             raise
-        return "none"
+        return ["none"] * 3
+
+
+def _sdpa(backend: SDPBackend):
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return attention
 
 
 def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
@@ -647,19 +664,11 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
     batch 0: as many sequences as make 16384 tokens. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
     The ceiling is a large matrix product; for float32 on a GPU a third of its tf32 rate: float32 accuracy takes three.
     """
-    cuda = torch.cuda.is_available()
-    plain = functools.partial(plain_attention, is_causal=True)
-
-    def sdpa(backend):
-        def run(q, k, v):
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return run
-
+    cuda, plain = torch.cuda.is_available(), functools.partial(plain_attention, is_causal=True)
     versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "ours": flash_attention,
-                "SDPA-FA2": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": sdpa(SDPBackend.CUDNN_ATTENTION)}
+                "SDPA-FA2": _sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION)}
     if not cuda:
-        versions = {"plain": plain, "SDPA": sdpa(SDPBackend.FLASH_ATTENTION),
+        versions = {"plain": plain, "SDPA": _sdpa(SDPBackend.FLASH_ATTENTION),
                     "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
     torch._functorch.config.donated_buffer = False        # lets the compiled backward be timed again and again
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU (ours: tiled, in PyTorch)'}, torch {torch.__version__}, "
@@ -667,26 +676,15 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
     for dtype in dtypes:
         torch.set_float32_matmul_precision("high")        # tf32, for the ceiling only
         a, b = torch.randn(2, *(8192, 8192) if cuda else (1024, 1024), device="cuda" if cuda else "cpu").to(dtype)
-        ceiling = 2 * len(a)**3 / _median_ms(lambda: a @ b) / 1e9 / (3 if cuda and dtype == torch.float32 else 1)
+        product = _median_ms(lambda: a @ b)
+        ceiling = 2 * len(a)**3 / product / 1e9 / (3 if cuda and dtype == torch.float32 else 1)
         torch.set_float32_matmul_precision("highest")
         print(f"\n{str(dtype)[6:]}, ceiling {ceiling:.1f} TFLOP/s\n   K      T    B pass    "
               + "".join(f"{name:>11}" for name in versions) + "   ours TFLOP/s  of ceiling")
         for K, T in itertools.product(widths, lengths):
             B = batch or (max(1, 16384 // T) if cuda else 1)
             q, k, v, do = torch.randn(4, B, heads, T, K, device=a.device, dtype=dtype).requires_grad_().unbind()
-            cells = {}
-            for name, attention in versions.items():
-                cells[name] = ["memory"] * 3
-                scores = 3 * B * heads * T * T * q.element_size()               # scores, softmax, a gradient
-                if name in ("plain", "compiled") and cuda and scores > torch.cuda.mem_get_info()[1]:
-                    continue
-                forward = backward = both = _median_ms(lambda: attention(q, k, v))
-                if not isinstance(forward, str):
-                    both = _median_ms(lambda: torch.autograd.grad(attention(q, k, v), (q, k, v), do))
-                    out = attention(q, k, v)
-                    backward = _median_ms(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
-                    del out
-                cells[name] = [forward, backward, both]
+            cells = {name: _times(attention, q, k, v, do) for name, attention in versions.items()}
             for i, (part, share) in enumerate((("forward", 1.0), ("backward", 2.5), ("both", 3.5))):
                 row = "".join(f"{x[i]:>11}" if isinstance(x[i], str) else f"{x[i]:11.3f}" for x in cells.values())
                 rate = share * cost(B, heads, T, K)[0] / cells["ours"][i] / 1e9
