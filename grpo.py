@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -39,6 +40,7 @@ from typing import BinaryIO, Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 # Dims: N rollouts of a batch, G group size, B sequences of a micro-batch, T label positions
 
@@ -397,6 +399,7 @@ class TorchEngine:
         return answers
 
     def sync(self, model) -> None:
+        """Takes the trainer's weights, unless they are its own."""
         if self.model is not model:
             self.model.load_state_dict(model.state_dict())
 
@@ -439,7 +442,9 @@ class VllmEngine:
                 for output in outputs for answer in output.outputs]
 
     def sync(self, model) -> None:
+        """Wakes up, takes the trainer's weights, and forgets what the old ones computed."""
         if self.asleep:
+            torch.cuda.empty_cache()                                  # what training kept for its next step
             self.llm.wake_up(tags=["weights"])
         weights = ((name, tensor.detach()) for name, tensor in self.hf_weights(model))
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
@@ -449,12 +454,13 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
+        """Gives its GPU memory back."""
         if self.sleeps and not self.asleep:
             self.llm.sleep(level=2)                                   # 2: drop its weights; sync() brings new ones
             self.asleep = True
 
 
-def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, **options):
+def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtype: str = "float32", **options):
     """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
     import model as model_py
 
@@ -462,10 +468,15 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, **op
         return [(".".join(model_py.HF_NAMES.get(part, part) for part in name.split(".")), x)
                 for name, x in model.state_dict().items()
                 if name != "lm_head.weight" or not model.config.tie_embeddings]
-    print(f"engine: {kind}" + "".join(f", {key} {value}" for key, value in options.items()))
+    device = next(model.parameters()).device
+    if kind == "torch":                                               # a CUDA graph where model.generate can have one
+        options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
+    else:
+        options = {"sleeps": device == torch.device("cuda", 0)} | options
+    print(f"engine: {kind}, dtype {dtype}" + "".join(f", {key} {value}" for key, value in options.items()))
     if kind == "torch":
-        return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], **options)
-    return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], **options)
+        return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype), **options)
+    return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], dtype, **options)
 
 
 # ---------------------------------------------------------------- the loop
@@ -725,23 +736,19 @@ def self_check() -> float:
     return worst
 
 
-def bench(repeats: int = 5) -> None:
+def bench(seconds: float = 1.0) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
     for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"),
                        ("1 MB of boxes", r"\boxed{" * 150_000),
                        ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
-        times = []
-        for _ in range(repeats + 1):                                  # the first is a warm-up
-            began = time.perf_counter()
-            r1_zero_reward(text, "3/4"), question_only_reward(text, "3/4")
-            times.append((time.perf_counter() - began) * 1e3)
-        times = sorted(times[1:])
-        print(f"{name:20s} {times[len(times) // 2]:8.3f} ms  (min {times[0]:.3f}, max {times[-1]:.3f})")
+        time = Timer("r1_zero_reward(text, '3/4'), question_only_reward(text, '3/4')", globals=globals() | locals())
+        time = time.blocked_autorange(min_run_time=seconds)
+        print(f"{name:16s} {time.median * 1e3:8.3f} ms (iqr {time.iqr * 1e3:.3f})")
 
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
-    form = "{:36s} {:>14s} {:>14s}  {:22s} {:>14s} {:>13s} {:>8s}"
+    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7s}"
     print(form.format("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
@@ -752,26 +759,29 @@ def table(run_dirs: list[str]) -> None:
             (steps, "length", ".1f"))]
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
         seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(form.format(folder[-36:], shown[0], shown[1], curve, shown[2], shown[3], f"{seconds:.0f}"))
+        print(form.format(folder[-28:], shown[0], shown[1], curve, shown[2], shown[3], f"{seconds:.0f}"))
 
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
+COIN = "by a hash of the answer, to time steps of a model that knows nothing"
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line: trains, or prints tables, timings or the walk-through; returns the exit code."""
+    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="Hugging Face folder (default: the embedded SFT model of this seed, made if missing)")
     add("--data", help="problems as JSON lines (default: the embedded ones)")
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
-    add("--engine", default="torch", choices=["torch", "vllm"])
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"],
-        help="coin: by a hash of the answer, to time steps of a model that knows nothing")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--engine", default="vllm" if cuda and importlib.util.find_spec("vllm") else "torch", choices=["torch", "vllm"],
+        help="default: vllm where there is a GPU and it is installed, or else torch; printed at the start")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help=f"coin: {COIN}")
+    add("--device", default="cuda:0" if cuda else "cpu", help="of training; cuda:1 leaves the first GPU to vLLM")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
-    add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
     add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
+    add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
     add("--eval-size", type=int, default=256)
     add("--resume", action="store_true")
     add("--explain", action="store_true", help="one group of answers with its numbers, and the check")
@@ -807,6 +817,9 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     home = f"out/arithmetic-{config.seed}"
     source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
     run_dir, dtype = args.run_dir or f"{home}/{config.algorithm}", getattr(torch, args.dtype)
+    if args.compile and args.engine == "torch" and dtype == torch.float32:
+        raise ValueError("--compile compiles the trainer's model, which --engine torch shares in float32; "
+                         "add --dtype bfloat16")
     if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
         raise ValueError("the SFT model could not be made")
     problems = sft.read_problems(data, boxed=balanced_box)
@@ -820,24 +833,20 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     end = sft.end_of_text_id(tokenizer)
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
-                 "coin": lambda response, truth: {"reward": float(zlib.crc32(response.encode()) % 2),
-                                                  "format_reward": 0.0, "answer_reward": 0.0}}[args.reward]
-    options = (dict(dtype=dtype, graph=args.device != "cpu") if args.engine == "torch" else
-               dict(dtype=args.dtype, sleeps=args.device != "cuda:1"))
-    engine = open_engine(args.engine, model, tokenizer, source, end, **options)
+                 "coin": lambda response, truth: graded("1", zlib.crc32(response.encode()) % 2)}[args.reward]
+    engine = open_engine(args.engine, model, tokenizer, source, end, args.dtype)
     head = sft.head_log_probs
-    if args.compile:                                                      # the trainer's; an engine that shares the
-        head = torch.compile(head, dynamic=True)                          # model's weights generates with other shapes
+    if args.compile:                                                  # one block's code serves them all
+        head = torch.compile(head, dynamic=True)
         for block in model.layers:
             block.compile(dynamic=True)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
-    flops = 6 * model_py.count_parameters(model)
 
     def score(answers: list) -> tuple[Tensor, Tensor]:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
         ids, labels, mask = (x.to(args.device) for x in batch.values())
-        with torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
             log_probs = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask,
                                                            head_log_probs=head)["log_probs"]
         return log_probs, mask
@@ -846,16 +855,17 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         if not held_out:
             return {}
         engine.sync(model)
-        both = [sft.log_generations(engine, tokenizer, held_out, reward_fn, temperature=temperature, seed=config.seed,
-                                    max_tokens=config.max_tokens, min_tokens=config.min_tokens, stop=["</answer>"])
-                for temperature in (1.0, 0.0)]
+        answer = functools.partial(
+            sft.log_generations, engine, tokenizer, held_out, reward_fn, seed=config.seed, stop=["</answer>"],
+            max_tokens=config.max_tokens, min_tokens=config.min_tokens)
+        sampled, greedy = answer(model=model, temperature=1.0), answer(temperature=0.0)
         engine.sleep()
-        return {"accuracy": both[0]["accuracy"], "greedy": both[1]["accuracy"]}
-    optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        return {"accuracy": sampled["accuracy"], "greedy": greedy["accuracy"], "valid_entropy": sampled["entropy"]}
     history = train_grpo(
-        model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
-        encode=lambda text: sft.encode(tokenizer, text), clip=optim.clip_grad_norm_, run_dir=run_dir,
-        resume=args.resume, flops_per_token=flops)
+        model, optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused="foreach"),
+        engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score, clip=optim.clip_grad_norm_,
+        encode=lambda text: sft.encode(tokenizer, text), run_dir=run_dir, resume=args.resume,
+        flops_per_token=6 * model_py.count_parameters(model))
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
     first, last = history[0], history[-1]

@@ -7,18 +7,18 @@ Source:     Ouyang et al. 2022, arXiv:2203.02155 (SFT); Taori et al. 2023, Alpac
             Rafailov et al. 2023, arXiv:2305.18290, eq. 7 (DPO).
 Deviations: 1. Packed chunks attend across the documents in them. 2. DPO scores the templated text whole; the prompt's
             share cancels. 3. The embedded demonstrations are right but mostly do not think: what a reward can mend.
+            4. Tuning takes minutes and does not resume; a killed run leaves no folder behind.
 Copy:       this file alone; needs torch. run() and make_base() import siblings (bpe, model, optim, train, grpo). MIT.
 Run:        python sft.py --explain
             log p of the outputs: -3.992 and -6.185 nats, summed (uniform: -4.796)
             SFT loss: minus their mean over 2 examples, 5.089; by 4 accumulation steps, 1.272
-            ...
             chunked = plain to 0.0e+00  OK
-            python sft.py     base model and SFT on the embedded task; --model FOLDER --data FILE for the real thing;
-                              also sft.py instruct, sft.py dpo, sft.py eval
+            python sft.py     the embedded task (--model, --data: a real one); sft.py instruct, sft.py dpo, sft.py eval
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -33,11 +33,12 @@ import time
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import Callable
+from typing import BinaryIO, Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 # Dims: B sequences, T label positions (one fewer than tokens), D model width, V vocabulary
@@ -47,9 +48,8 @@ from torch.utils.checkpoint import checkpoint
 
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of `text`. Hugging Face's tokenizers add a BOS token unless told otherwise; ours never do."""
-    if hasattr(tokenizer, "convert_tokens_to_ids"):                       # the mark of a transformers tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
-    return list(tokenizer.encode(text))
+    theirs = hasattr(tokenizer, "convert_tokens_to_ids")                  # the mark of a transformers tokenizer
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens) if theirs else tokenizer.encode(text))
 
 
 def end_of_text_id(tokenizer) -> int:
@@ -64,10 +64,9 @@ def end_of_text_id(tokenizer) -> int:
                      "train or load it with '<|endoftext|>'")
 
 
-def logits_of(model, input_ids: Tensor) -> Tensor:
-    """(B, T) ids -> (B, T, V) logits: ours returns the tensor, transformers an object that holds it."""
-    output = model(input_ids)
-    return output.logits if hasattr(output, "logits") else output
+def device_of(model) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(model.parameters()).device
 
 
 # ---------------------------------------------------------------- the tensors of fine-tuning
@@ -128,7 +127,8 @@ def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
     Returns: log_probs (B, T) in nats, prompt and padding positions included; with return_token_entropy also
     token_entropy (B, T), without gradient.
     """
-    logits = at_least_float32(logits_of(model, input_ids))                               # (B, T, V)
+    output = model(input_ids)                                 # a tensor, or transformers' object that holds it
+    logits = at_least_float32(getattr(output, "logits", output))                         # (B, T, V)
     picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)                         # (B, T)
     result = {"log_probs": picked - logits.logsumexp(-1)}
     if return_token_entropy:
@@ -193,19 +193,20 @@ ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a respo
                    "request.\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}")   # Taori et al. 2023
 
 
-def read_json_lines(path: str) -> list[dict]:
-    """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError that names the line which is not a JSON object."""
+def read_json_lines(path: str, *keys: str) -> list[dict]:
+    """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError that names the line which is not a JSON object
+    with strings under `keys`."""
     rows, number = [], 1
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
-                        raise ValueError("not an object")
+                    if not isinstance(rows[-1], dict) or not all(isinstance(rows[-1].get(key), str) for key in keys):
+                        raise ValueError(f"not an object{' with the strings ' * bool(keys) + ', '.join(keys)}")
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:                                            # json's and utf-8's errors are ValueErrors
+    except (ValueError, EOFError, zlib.error) as error:                    # json's and utf-8's errors are ValueErrors
         raise ValueError(f"{path}, line {number}: {error}; expected a JSON object a line") from None
     if not rows:
         raise ValueError(f"{path} holds no examples; expected a JSON object a line")
@@ -218,21 +219,18 @@ class PackedDataset(torch.utils.data.Dataset):
     Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in
     shuffled order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are
     shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
-    dropped. The instruction's tokens are learned too: that is what packing trades for its speed.
+    dropped. The instruction's tokens are learned too: what packing trades for its speed.
     """
 
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
         if seq_length < 1:
             raise ValueError(f"seq_length must be at least 1, got {seq_length}")
-        examples, ids, end = read_json_lines(dataset_path), [], end_of_text_id(tokenizer)
+        examples, ids = read_json_lines(dataset_path, "prompt", "response"), []
         if shuffle:
             random.Random(seed).shuffle(examples)
         for example in examples:
-            if not (isinstance(example.get("prompt"), str) and isinstance(example.get("response"), str)):
-                raise ValueError(f"{dataset_path}: examples need the strings 'prompt' and 'response', "
-                                 f"one has {sorted(example)}")
             text = ALPACA_TEMPLATE.format(prompt=example["prompt"], response=example["response"])
-            ids += encode(tokenizer, text, add_special_tokens=True) + [end]
+            ids += encode(tokenizer, text, add_special_tokens=True) + [end_of_text_id(tokenizer)]
         if len(ids) <= seq_length:
             raise ValueError(f"{dataset_path} packs to {len(ids)} tokens: too few for one chunk of {seq_length} + 1")
         self.tokens, self.seq_length = torch.tensor(ids, dtype=torch.long), seq_length
@@ -296,9 +294,8 @@ def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str])
     rows = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=p, response=r), add_special_tokens=True) + [eos]
             for p, r in zip(prompts, responses)]
     batch = collate([row[:1] for row in rows], [row[1:] for row in rows], pad_id=eos)
-    device = next(model.parameters()).device
-    scored = get_response_log_probs(model, batch["input_ids"].to(device), batch["labels"].to(device))
-    return masked_normalize(scored["log_probs"], batch["response_mask"].to(device), dim=-1)
+    ids, labels, mask = (x.to(device_of(model)) for x in batch.values())
+    return masked_normalize(get_response_log_probs(model, ids, labels)["log_probs"], mask, dim=-1)
 
 
 def preference_margin(model, tokenizer, prompts: list[str], chosen: list[str], rejected: list[str]) -> Tensor:
@@ -323,21 +320,21 @@ def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, respon
     return -F.logsigmoid(beta * (margin - margin_ref)).mean()
 
 
+PAIR = ("prompt", "chosen", "rejected")
+
+
 def read_hh_pairs(path: str) -> list[dict]:
     """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a
     whole dialogue '\\n\\nHuman: ...\\n\\nAssistant: ...'. Of those, the single-turn ones with one prompt are kept."""
     pairs = []
-    for row in read_json_lines(path):
-        if not (isinstance(row.get("chosen"), str) and isinstance(row.get("rejected"), str)):
-            raise ValueError(f"{path}: a pair needs the strings 'chosen' and 'rejected', one has {sorted(row)}")
+    for row in read_json_lines(path, "chosen", "rejected"):
         if "prompt" not in row:
             sides = [re.split(r"\n\n(?:Human|Assistant):", row[side]) for side in ("chosen", "rejected")]
             if any(len(side) != 3 or side[0].strip() for side in sides) or sides[0][1] != sides[1][1]:
                 continue
-            texts = (sides[0][1], sides[0][2], sides[1][2])
-            row = {key: text.strip() for key, text in zip(("prompt", "chosen", "rejected"), texts)}
+            row = dict(zip(PAIR, (text.strip() for text in (sides[0][1], sides[0][2], sides[1][2]))))
         if row["chosen"] != row["rejected"]:
-            pairs.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
+            pairs.append({key: row[key] for key in PAIR})
     if not pairs:
         raise ValueError(f"{path} holds no single-turn pair")
     return pairs
@@ -405,25 +402,37 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
         return {"prompt": p["question"], "chosen": f"{p['work']}. So {p['answer']}.", "rejected": f"{p['answer']}."}
     shown = [(p, "I know this." if rng.random() < quick else p["work"])
              for p in arithmetic_problems(demonstrations, seed + 1)]
-    files = {"sft.jsonl": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"}
-                           for p, thought in shown],
-             "train.jsonl": map(task, problems), "valid.jsonl": map(task, held_out),
-             "instructions.jsonl": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
-                                    for p in problems[:4000]],
-             "pairs.jsonl": [pair(p) for p, _ in shown[:512]], "pairs_valid.jsonl": map(pair, held_out[:200])}
+    files = {"sft": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"}
+                     for p, thought in shown],
+             "train": map(task, problems), "valid": map(task, held_out),
+             "instructions": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
+                              for p in problems[:4000]],
+             "pairs": [pair(p) for p, _ in shown[:512]], "pairs_valid": map(pair, held_out[:200])}
     for name, rows in files.items():
-        write_whole(os.path.join(folder, name), "".join(json.dumps(row) + "\n" for row in rows).encode())
-    write_whole(os.path.join(folder, "base.txt"), "<|endoftext|>".join(documents).encode())
+        write_text(f"{folder}/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(f"{folder}/base.txt", "<|endoftext|>".join(documents))
 
 
-def write_whole(path: str, content: bytes) -> None:   # twin: grpo.py
-    """All of it or nothing: to a temporary name first, then renamed."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
+    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str, text: str) -> None:
+    """The text as a file, whole or not at all."""
+    with write_whole(path) as file:
+        file.write(text.encode())
 
 
 def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = print) -> None:
@@ -444,7 +453,7 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
     with open(os.path.join(data, "base.txt"), encoding="utf-8") as file:
         text = file.read()
     frames = "User: Assistant: I know this. So " + ALPACA_TEMPLATE.format(prompt="", response="")
-    write_whole(os.path.join(data, "words.txt"), re.sub(r" ?\d+", "\n", text + frames * 500).encode())
+    write_text(os.path.join(data, "words.txt"), re.sub(r" ?\d+", "\n", text + frames * 500))
     special_tokens = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
     tokenizer = bpe.Tokenizer(*bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens), special_tokens)
     tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32).numpy()
@@ -532,22 +541,21 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
     """
     started, prompt_ids = time.perf_counter(), [encode(tokenizer, p["prompt"]) for p in problems]
     answers = engine.generate(prompt_ids, **settings)
-    seconds = time.perf_counter() - started
+    summary: dict[str, float] = {"examples_per_second": len(problems) / (time.perf_counter() - started)}
     rows = [{"prompt": p["prompt"], "response": a.text, "truth": p["answer"], **reward_fn(a.text, p["answer"]),
              "length": len(a.ids)} for p, a in zip(problems, answers)]
     for start in range(0, len(rows) if model is not None else 0, 64):
         part = slice(start, start + 64)
         batch = collate(prompt_ids[part], [a.ids for a in answers[part]], end_of_text_id(tokenizer))
-        ids, labels, masks = (x.to(next(model.parameters()).device) for x in batch.values())
+        ids, labels, masks = (x.to(device_of(model)) for x in batch.values())
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
         for row, entropy, mask in zip(rows[part], entropies, masks):
             row["entropy"] = (entropy.sum() / mask.sum()).item()
     if path:
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     kinds = {(f, r): [row for row in rows if (row["format_reward"], row["answer_reward"]) == (f, r)]
              for f, r in ((1, 1), (1, 0), (0, 0))}
-    summary: dict[str, float] = {"examples_per_second": len(rows) / seconds}
     for (form, right), members in kinds.items():
         summary[f"count_{form}{right}"] = len(members)
         for row in members[:show]:
@@ -618,33 +626,31 @@ def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
     return step
 
 
-def packed_micro_step(model) -> Callable:
-    """micro_step for the items of a PackedDataset: the mean over all their labels."""
-    def step(items: list[dict], accumulation_steps: float) -> Tensor:
-        ids, labels = (torch.stack([i[key] for i in items]).to(device_of(model)) for key in ("input_ids", "labels"))
-        loss = -get_response_log_probs(model, ids, labels)["log_probs"].mean() / accumulation_steps
+def loss_micro_step(loss_of: Callable) -> Callable:
+    """micro_step from loss_of(examples), a mean over them."""
+    def step(examples: list, accumulation_steps: float) -> Tensor:
+        loss = loss_of(examples) / accumulation_steps
         loss.backward()
         return loss.detach()
     return step
+
+
+def packed_micro_step(model) -> Callable:
+    """micro_step for the items of a PackedDataset: the mean over all their labels."""
+    def loss_of(items: list[dict]) -> Tensor:
+        ids, labels = (torch.stack([i[key] for i in items]).to(device_of(model)) for key in ("input_ids", "labels"))
+        return -get_response_log_probs(model, ids, labels)["log_probs"].mean()
+    return loss_micro_step(loss_of)
 
 
 def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
     """micro_step for {"prompt", "chosen", "rejected"}."""
-    def step(pairs: list[dict], accumulation_steps: float) -> Tensor:
-        loss = dpo_loss(model, reference, tokenizer, beta, *columns(pairs)) / accumulation_steps
-        loss.backward()
-        return loss.detach()
-    return step
-
-
-def device_of(model) -> torch.device:
-    """Where the model's first parameter lies."""
-    return next(model.parameters()).device
+    return loss_micro_step(lambda pairs: dpo_loss(model, reference, tokenizer, beta, *columns(pairs)))
 
 
 def columns(pairs: list[dict]) -> list[list[str]]:
     """Pairs as three lists: prompts, chosen and rejected answers."""
-    return [[pair[key] for pair in pairs] for key in ("prompt", "chosen", "rejected")]
+    return [[pair[key] for pair in pairs] for key in PAIR]
 
 
 @torch.no_grad()
@@ -695,22 +701,26 @@ def self_check(seed: int = 0) -> float:
     return worst
 
 
-def bench(repeats: int = 5) -> None:
+def bench(seconds: float = 2.0) -> None:
     """Median milliseconds of log-probs and their backward pass, plain and chunked, at a vocabulary of 32,000."""
     model, ids = toy_model(32_000, 128), torch.arange(1024).view(4, 256)
-    mask = (ids % 256 >= 128)
+    mask = ids % 256 >= 128
     chunked = functools.partial(get_response_log_probs_chunked, response_mask=mask, chunk_tokens=128)
     for name, f in [("plain, (4, 256, 32000) logits", get_response_log_probs), ("chunked, half of it prompt", chunked)]:
-        times = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            f(model, ids, ids)["log_probs"][mask].sum().backward()
-            times.append((time.perf_counter() - started) * 1e3)
-        times = sorted(times[1:])                                       # the first was a warm-up
-        print(f"{name:30s} {times[len(times) // 2]:8.1f} ms  (min {times[0]:.1f}, max {times[-1]:.1f})")
+        time = Timer("f(model, ids, ids)['log_probs'][mask].sum().backward()", globals=locals())
+        time = time.blocked_autorange(min_run_time=seconds)
+        print(f"{name:30s} {time.median * 1e3:8.1f} ms (iqr {time.iqr * 1e3:.1f})")
+
+
+# what each action starts from: model, data, held-out data, epochs, learning rate
+DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
+            "instruct": ("base", "instructions.jsonl", "", 1, 1e-3),
+            "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
+            "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line: tunes or evaluates a model; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("action", nargs="?", default="sft", choices=list(DEFAULTS))
@@ -742,19 +752,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-# what each action starts from: model, data, held-out data, epochs, learning rate
-DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
-            "instruct": ("base", "instructions.jsonl", "", 1, 1e-3),
-            "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
-            "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
-
-
 def run(args: argparse.Namespace) -> None:
     """Puts the sibling files together."""
     import bpe
     import grpo
     import model as model_py
     import optim
+    if min(args.batch_size, args.micro_batch_size, args.seq_length, args.limit) < 1 or (args.epochs or 1) <= 0:
+        raise ValueError("--batch-size, --micro-batch-size, --seq-length, --limit and --epochs must be above 0")
     home, (folder, data, valid, epochs, lr) = f"out/arithmetic-{args.seed}", DEFAULTS[args.action]
     if not args.model and not os.path.exists(f"{home}/base/config.json"):
         print(f"{home}/base: training the base model from scratch")
@@ -766,27 +771,27 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer))
-    settings = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
     optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     tune = functools.partial(
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
         schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
+
+    def answer(problems: list[dict], reward_fn: Callable, stop=(), **options) -> dict:
+        engine.sync(model)
+        return log_generations(engine, tokenizer, problems, reward_fn, model=model, stop=list(stop), min_tokens=1,
+                               max_tokens=args.max_tokens, seed=args.seed,
+                               **{"temperature": args.temperature} | options) if problems else {}
     if args.action == "eval":
-        result = evaluate_task(args, engine, tokenizer, model, data, settings, grpo)
+        result = evaluate_task(args, engine, tokenizer, data, answer, grpo)
     elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
         held_out = read_problems(valid, boxed=grpo.balanced_box)[:args.limit] if valid else []
-
-        def evaluate(temperature: float = args.temperature, **options) -> dict:
-            engine.sync(model)
-            return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, stop=["</answer>"],
-                                   temperature=temperature, **settings, **options) if held_out else {}
+        evaluate = functools.partial(answer, held_out, grpo.r1_zero_reward, ["</answer>"])
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
         result = tune(optimizer, examples, sft_micro_step(model, tokenizer, mean_length),
                       evaluate=lambda: evaluate(path=f"{out}/generations.jsonl", show=1))
-        if held_out:
-            result["greedy"] = evaluate(0.0)["accuracy"]
+        result |= {"greedy": evaluate(temperature=0.0)["accuracy"]} if held_out else {}
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
         result = tune(optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model))
@@ -805,30 +810,28 @@ def run(args: argparse.Namespace) -> None:
     print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
 
 
-def evaluate_task(args, engine, tokenizer, model, data: str, settings: dict, grpo) -> dict[str, float]:
+def evaluate_task(args, engine, tokenizer, data: str, answer: Callable, grpo) -> dict[str, float]:
     """Zero-shot: answers to a file, graded where there is a truth."""
     out = args.out or f"out/eval-{args.task}.jsonl"
-    settings |= {"temperature": args.temperature, "stop": ["</answer>"] if args.task == "reasoning" else []}
     if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file
         with open(data, encoding="utf-8", newline="") as file:
-            rows = (json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file)))[:args.limit]
+            rows = json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file))
         key = "instruction" if args.task == "alpaca-eval" else "prompts_final"
-        if not rows or any(key not in row for row in rows):
+        if not rows or not all(isinstance(row, dict) and key in row for row in rows):
             raise ValueError(f"{data}: every entry needs {key!r}")
-        prompts = [ALPACA_TEMPLATE.format(prompt=row[key], response="") for row in rows]
-        answers = engine.generate([encode(tokenizer, prompt) for prompt in prompts], **settings)
-        rows = [{key: row[key], "output": answer.text} for row, answer in zip(rows, answers)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        if args.task == "alpaca-eval":
-            about = {"generator": args.model or "twelve", "dataset": "alpaca_eval"}
-            text = json.dumps([row | about for row in rows], indent=1)
-        write_whole(out, text.encode())
+        prompts = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=row[key], response="")) for row in rows[:args.limit]]
+        texts = [a.text for a in engine.generate(prompts, max_tokens=args.max_tokens, min_tokens=1, seed=args.seed,
+                                                 temperature=args.temperature)]
+        rows = [{key: row[key], "output": text} for row, text in zip(rows, texts)]
+        about = {"generator": args.model or "twelve", "dataset": "alpaca_eval"}
+        write_text(out, json.dumps([row | about for row in rows], indent=1) if args.task == "alpaca-eval" else
+                   "".join(json.dumps(row) + "\n" for row in rows))
         return {"answers": len(rows)}
-    reward, template = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE), "mmlu": (mmlu_reward, ""),
-                        "boxed": (grpo.question_only_reward, "{question}"),
-                        "gsm8k": (gsm8k_reward, "{question}\nAnswer:")}[args.task]
+    reward, template, stop = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE, ["</answer>"]),
+                              "boxed": (grpo.question_only_reward, "{question}", []), "mmlu": (mmlu_reward, "", []),
+                              "gsm8k": (gsm8k_reward, "{question}\nAnswer:", [])}[args.task]
     problems = read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box)
-    return log_generations(engine, tokenizer, problems[:args.limit], reward, model=model, path=out, show=3, **settings)
+    return answer(problems[:args.limit], reward, stop, path=out, show=3)
 
 
 if __name__ == "__main__":
