@@ -849,33 +849,30 @@ def bench(device: str = "cpu", seconds: float = 2.0) -> None:
     print(f"{N} rows, V {V}, D {D}, {dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}")
     ways = {"full logits": full, "chunks, torch": linear_cross_entropy}
     if cuda:
-        ways["full logits, compiled"] = torch.compile(full, dynamic=False)
-        for n in (None, 2048, 4096, 8192):
-            ways[f"chunks {n or ''}, triton"] = functools.partial(linear_cross_entropy, backend="triton", chunk=n)
-    def inputs(n, v, kind):
+        ways |= {"full logits, compiled": torch.compile(full, dynamic=False),
+                 "chunks, triton": functools.partial(linear_cross_entropy, backend="triton")}
+    def gradients(loss, n, v, kind=dtype):
         torch.manual_seed(0)
-        h, w = torch.randn(n, D).to(device, dtype), (torch.randn(v, D) / 8).to(device, dtype)
-        return h.to(kind).requires_grad_(), w.to(kind).requires_grad_(), torch.randint(v, (n,)).to(device)
-    def run(loss, h, w, y):
-        return torch.autograd.grad(loss(h, w, y), (h, w))
-    large, small, exact = inputs(N, V, dtype), inputs(2048, 5000, dtype), inputs(2048, 5000, torch.float64)
-    truth = run(full, *exact)
+        h, w, y = torch.randn(n, D), torch.randn(v, D) / 8, torch.randint(v, (n,)).to(device)
+        h, w = (x.to(device, dtype).to(kind).requires_grad_() for x in (h, w))
+        return lambda: torch.autograd.grad(loss(h, w, y), (h, w))
+    exact = gradients(full, 2048, 5000, torch.float64)()
     for name, loss in ways.items():
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(run(loss, *small), truth)]
-        run(loss, *large)
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(gradients(loss, 2048, 5000)(), exact)]
+        run = gradients(loss, N, V)
+        run()
         before = torch.cuda.memory_allocated() if cuda and torch.cuda.reset_peak_memory_stats() is None else 0
-        time = Timer("run(loss, *large)", globals=locals()).blocked_autorange(min_run_time=seconds)
+        time = Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=seconds)
         peak = f", {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB" if cuda else ""
-        print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), "
-              f"{6 * N * V * D / time.median / 1e12:.2f} TFLOP/s{peak}, relative errors of the gradients "
-              f"{errors[0]:.1e} {errors[1]:.1e}", flush=True)
+        print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), {6 * N * V * D / time.median / 1e12:.2f} "
+              f"TFLOP/s{peak}, relative errors of the gradients {errors[0]:.1e} {errors[1]:.1e}", flush=True)
 
 def main() -> int:
+    """Without flags the walk-through and the self-check, with --bench the losses side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bench", action="store_true", help="time the losses side by side")
-    parser.add_argument("--device", default="cpu", help="of --bench",
-                        choices=["cpu"] + ["cuda"] * torch.cuda.is_available())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of --bench")
     args = parser.parse_args()
     if args.bench:
         bench(args.device)
