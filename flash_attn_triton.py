@@ -19,6 +19,7 @@ Run:        python flash_attn_triton.py
             and two backward kernels do seven products for five. Short sequences (T < 1024) wait for Python: 1 ms.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -56,15 +57,13 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) ->
     Args: q (..., H, T, K), k and v (..., G, S, K), any float dtype; H a multiple of G. Returns: (..., H, T, K).
     Example: a single key has weight 1, so the output is its value.
     """
-    H, T, K = q.shape[-3:] if q.dim() > 2 else (1, *q.shape)
-    if q.dim() > 2 and k.shape[-3] != H:
-        k, v = (x.repeat_interleave(H // x.shape[-3], dim=-3) for x in (k, v))
-    scores = q @ k.mT * K**-0.5                                                     # (..., T, S)
+    if q.dim() > 2 and k.shape[-3] != q.shape[-3]:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], dim=-3) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1]**-0.5                                           # (..., T, S)
     if is_causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
     return scores.softmax(-1) @ v                                                   # (..., T, K)
-
 
 def cost(B: int, H: int, T: int, K: int, is_causal: bool = True, element: int = 2) -> tuple[float, int, int]:
     """FLOPs of one forward pass, and bytes to and from memory, plain and tiled. Backward has 2.5 times the FLOPs. Plain
@@ -134,12 +133,10 @@ class FlashAttentionPyTorch(torch.autograd.Function):
                 dk[..., cols, :] += ds.mT @ q_i                                     # line 16
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None
 
-
 def _key_tiles(rows: slice, S: int, is_causal: bool) -> list[slice]:
     """The tiles of keys that any of these queries may see: those beyond the diagonal are never visited."""
     end = min(S, rows.stop) if is_causal else S
     return [slice(j, min(j + FlashAttentionPyTorch.KEYS, end)) for j in range(0, end, FlashAttentionPyTorch.KEYS)]
-
 
 def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
     """-inf where a key lies in the future; a tile below the diagonal is returned as it is."""
@@ -152,7 +149,7 @@ def _mask(scores: Tensor, rows: slice, cols: slice, is_causal: bool) -> Tensor:
 
 # ---- The same in Triton. A program owns one tile of the output and loops over the other side. -----------------------
 #
-# x: a (B, H, T, K) tensor as (pointer, its first three strides), or with TMA as a tensor descriptor, which on Hopper has
+# x: a (B, H, T, K) tensor as (pointer, its first 3 strides), or with TMA as a tensor descriptor, which on Hopper has
 # the copy engine fetch a whole tile in one instruction, bounds checks and shared-memory layout included.
 
 @jit
@@ -161,11 +158,8 @@ def pointers(x, batch, head, row, length, ROWS: tl.constexpr, K: tl.constexpr, B
     rows = row + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_K)
     start = x[0] + batch.to(tl.int64) * x[1] + head.to(tl.int64) * x[2]
-    inside = (rows < length)[:, None]
-    if K < BLOCK_K:
-        inside = inside & (cols < K)[None, :]
+    inside = (rows < length)[:, None] & (cols < K)[None, :]
     return start + rows.to(tl.int64)[:, None] * x[3] + cols[None, :], inside
-
 
 @jit
 def load_tile(x, batch, head, row, length,
@@ -177,7 +171,6 @@ def load_tile(x, batch, head, row, length,
         at, inside = pointers(x, batch, head, row, length, ROWS, K, BLOCK_K)
         return tl.load(at, mask=inside, other=0.0)
 
-
 @jit
 def store_tile(x, tile, batch, head, row, length,
                ROWS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
@@ -188,6 +181,13 @@ def store_tile(x, tile, batch, head, row, length,
         at, inside = pointers(x, batch, head, row, length, ROWS, K, BLOCK_K)
         tl.store(at, tile.to(x[0].dtype.element_ty), mask=inside)
 
+@jit
+def load_numbers(x, line, row, width, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """A number for each of the rows [row, row + ROWS) out of x (lines, width)."""
+    if TMA and ROWS <= 64:             # fewer than threads: plain loads would fetch each many times
+        return x.load([line, row]).reshape(ROWS)
+    else:
+        return tl.load(x + line.to(tl.int64) * width + row + tl.arange(0, ROWS))
 
 @jit
 def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -197,7 +197,6 @@ def visible(row, col, S, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: t
     if CAUSAL:
         keep = keep & (cols[None, :] <= (row + tl.arange(0, BLOCK_M))[:, None])
     return keep
-
 
 @jit
 def forward_kernel(q_at, k_at, v_at, o_at, L, scale_log2, one, H, T, S,
@@ -236,14 +235,13 @@ def forward_kernel(q_at, k_at, v_at, o_at, L, scale_log2, one, H, T, S,
     rows = row + tl.arange(0, BLOCK_M)
     tl.store(L + (batch * H + head).to(tl.int64) * T + rows, (m + tl.log2(l)) * 0.6931471805599453, mask=rows < T)
 
-
 @jit
-def dq_kernel(q_at, k_at, v_at, do_at, o_at, dq_at, L, stats, one, lines, scale, scale_log2, H, T, T_padded, S,
+def dq_kernel(q_at, k_at, v_at, do_at, o_at, dq_at, L, L_log2, D, one, scale, scale_log2, H, T, T_padded, S,
               GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
               PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dQ for one tile of queries: Algorithm 2 without dK and dV, in the forward kernel's loop and order.
 
-    It runs first, and leaves each row's L (in log2) and D in `stats` (2 * lines, T_padded) for dkdv_kernel.
+    It runs first, and leaves each row's L, now in log2, and D (B * H, T_padded) for dkdv_kernel.
     """
     tiles = tl.cdiv(T, BLOCK_M)
     row = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
@@ -254,10 +252,10 @@ def dq_kernel(q_at, k_at, v_at, do_at, o_at, dq_at, L, stats, one, lines, scale,
     do = load_tile(do_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     o = load_tile(o_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)                         # line 4
-    line, rows = batch * H + head, row + tl.arange(0, BLOCK_M)
-    lse = tl.load(L + line.to(tl.int64) * T + rows, mask=rows < T, other=0.0) * 1.4426950408889634
-    tl.store(stats + line.to(tl.int64) * T_padded + rows, lse)
-    tl.store(stats + (line + lines).to(tl.int64) * T_padded + rows, delta)
+    line, rows = (batch * H + head).to(tl.int64), row + tl.arange(0, BLOCK_M)
+    lse = tl.load(L + line * T + rows, mask=rows < T, other=0.0) * 1.4426950408889634
+    tl.store(L_log2 + line * T_padded + rows, lse)
+    tl.store(D + line * T_padded + rows, delta)
     dq = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     full = (tl.minimum(row, S) if CAUSAL else S) // BLOCK_N * BLOCK_N
     end = tl.minimum(row + BLOCK_M, S) if CAUSAL else S
@@ -274,9 +272,8 @@ def dq_kernel(q_at, k_at, v_at, do_at, o_at, dq_at, L, stats, one, lines, scale,
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)           # line 15
     store_tile(dq_at, dq * scale, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
 
-
 @jit
-def dkdv_kernel(q_at, k_at, v_at, do_at, dk_at, dv_at, stats, lines, scale, scale_log2, H, T, T_padded, S,
+def dkdv_kernel(q_at, k_at, v_at, do_at, dk_at, dv_at, L_log2, D, scale, scale_log2, H, T, T_padded, S,
                 GROUP: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dK and dV for one tile of keys of one key head, summed over the GROUP query heads that share it: Algorithm 2.
@@ -292,28 +289,24 @@ def dkdv_kernel(q_at, k_at, v_at, do_at, dk_at, dv_at, stats, lines, scale, scal
     v = load_tile(v_at, batch, kv_head, col, S, BLOCK_N, K, BLOCK_K, TMA)
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    ROWS_BY_TMA: tl.constexpr = TMA and BLOCK_M <= 64      # fewer than threads: plain loads would fetch each many times
     first, full = 0, 0                 # queries [first, full) cross the diagonal; those before see none of these keys
     if CAUSAL:
         first = col // BLOCK_M * BLOCK_M
         full = tl.minimum(tl.cdiv(col + BLOCK_N - 1, BLOCK_M), tl.cdiv(T, BLOCK_M)) * BLOCK_M
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        line = batch * H + head
-        lse_at = stats if ROWS_BY_TMA else stats + line.to(tl.int64) * T_padded
-        delta_at = stats if ROWS_BY_TMA else stats + (line + lines).to(tl.int64) * T_padded
         for UNMASKED in tl.static_range(0 if CAUSAL else 1, 2):
             for row in tl.range(full if UNMASKED else first, T if UNMASKED else full, BLOCK_M):
-                rows = row + tl.arange(0, BLOCK_M)
                 q = load_tile(q_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
-                lse = lse_at.load([line, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(lse_at + rows)
+                lse = load_numbers(L_log2, batch * H + head, row, T_padded, BLOCK_M, TMA)
                 sT = tl.dot(k, q.T, input_precision=PRECISION)                      # line 10
                 pT = tl.exp2(sT * scale_log2 - lse[None, :])                        # line 11
                 if not UNMASKED:
-                    pT = tl.where((col + tl.arange(0, BLOCK_N))[:, None] <= rows[None, :], pT, 0.0)
+                    keys, queries = col + tl.arange(0, BLOCK_N), row + tl.arange(0, BLOCK_M)
+                    pT = tl.where(keys[:, None] <= queries[None, :], pT, 0.0)
                 do = load_tile(do_at, batch, head, row, T, BLOCK_M, K, BLOCK_K, TMA)
                 dpT = tl.dot(v, do.T, input_precision=PRECISION)                    # line 13
-                delta = delta_at.load([line + lines, row]).reshape(BLOCK_M) if ROWS_BY_TMA else tl.load(delta_at + rows)
+                delta = load_numbers(D, batch * H + head, row, T_padded, BLOCK_M, TMA)
                 dv = tl.dot(pT.to(do.dtype), do, dv, input_precision=PRECISION)     # line 12
                 dsT = pT * (dpT - delta[None, :])                                   # line 14, scaled once at the end
                 dk = tl.dot(dsT.to(q.dtype), q, dk, input_precision=PRECISION)      # line 16
@@ -327,16 +320,13 @@ def dkdv_kernel(q_at, k_at, v_at, do_at, dk_at, dv_at, stats, lines, scale, scal
 
 Tile = namedtuple("Tile", "m n warps stages")             # queries and keys a tile, warps a program, tiles in flight
 
-
 def _interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter: TRITON_INTERPRET=1 was set when they were defined."""
     return triton is not None and not isinstance(forward_kernel, triton.runtime.JITFunction)
 
-
 INTERPRETER_TILE = Tile(32, 16, 4, 1)                     # small and not square, so that small tests reach every branch
 _fastest: dict[tuple, Tile] = {}
 _prepared: dict[tuple, tuple] = {}                        # by kernel, shapes, strides: tile, descriptors, what to call
-
 
 def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[Tile]:
     """The few tiles worth timing, best guess first: what is left of a sweep of some 180 a kernel on an H200."""
@@ -359,13 +349,11 @@ def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[T
         dkdv = ((128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5))
     return [Tile(*tile) for tile in {"forward": forward, "dq": dq, "dkdv": dkdv}[kernel]]
 
-
 class Descriptor(TensorDescriptor):
-    """Triton's, without its look at every number again: `_descriptors_fit` has looked, once for each shape."""
+    """Triton's, less the checks it makes each time: `_descriptors_fit` makes them once for each shape."""
 
     def __post_init__(self) -> None:
-        pass
-
+        """Checks nothing."""
 
 def _descriptors_fit(*tensors: Tensor) -> bool:
     """Whether the copy engine can read these: Hopper or newer, starts and strides on 16 bytes, last dimension dense."""
@@ -374,17 +362,14 @@ def _descriptors_fit(*tensors: Tensor) -> bool:
     return all(x.data_ptr() % 16 == 0 and x.stride(-1) == 1
                and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]) for x in tensors)
 
-
 def _operands(tensors: list[Tensor], sides: str, tile: Tile, descriptors: bool) -> list:
     """What a kernel gets for each tensor: a descriptor or (pointer, strides). sides: a letter each, "m" for tiles of
-    queries, "n" of keys, "l" for the lines of numbers a query: by descriptor if they are fewer than threads, which
-    would fetch each many times."""
+    queries, "n" of keys, "l" for what load_numbers reads."""
     wide = triton.next_power_of_2(tensors[0].shape[-1])
     boxes = {"m": [1, 1, tile.m, wide], "n": [1, 1, tile.n, wide], "l": [1, tile.m]}
     return [x if side == "l" and not (descriptors and tile.m <= 64) else
             Descriptor(x, x.shape, x.stride(), boxes[side]) if descriptors else (x, *x.stride()[:3])
             for x, side in zip(tensors, sides)]
-
 
 def _launch(kernel, key: tuple, tensors: list[Tensor], sides: str, numbers: list, is_causal: bool) -> None:
     """Runs a kernel on (B, heads, length, K) tensors, q and k first; key: all that it may depend on but their contents.
@@ -417,19 +402,16 @@ def _launch(kernel, key: tuple, tensors: list[Tensor], sides: str, numbers: list
         if torch.cuda.is_current_stream_capturing():      # a CUDA graph cannot time: warm up first
             start(tiles[0])
             return
-        times = []
+        times = {}
         for tile in tiles:
-            try:
-                times.append(triton.testing.do_bench(lambda: start(tile), warmup=5, rep=20, return_mode="median"))
-            except triton.runtime.errors.OutOfResources:  # more shared memory than this GPU has
-                times.append(math.inf)
-        if min(times) == math.inf:
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):      # more shared memory than this GPU has
+                times[tile] = triton.testing.do_bench(lambda: start(tile), warmup=5, rep=20, return_mode="median")
+        if not times:
             raise ValueError(f"head width {K} in {tensors[0].dtype} does not fit this GPU; use a 16-bit dtype")
-        _fastest[rough] = tiles[times.index(min(times))]
+        _fastest[rough] = min(times, key=times.get)
     if len(_prepared) > 4096:                             # lengths that never come back
         _prepared.clear()
     _prepared[key] = start(_fastest.get(rough, tiles[0]))
-
 
 def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
     """One line on what is wrong with the arguments, as ValueError."""
@@ -459,7 +441,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, by_triton: bool = False) -> None:
         if wrong:
             raise ValueError(message)
 
-
 def _fold(x: Tensor) -> Tensor:
     """(..., H, T, K) as (B, H, T, K) with a dense last dimension; a broadcast (stride 0) tensor is copied."""
     if x.dim() != 4:
@@ -468,11 +449,9 @@ def _fold(x: Tensor) -> Tensor:
     broadcast = 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, x.shape))
     return x.contiguous() if broadcast or strides[-1] != 1 else x
 
-
 def _key(name: str, is_causal: bool, *tensors: Tensor) -> tuple:
     """All that the launch of a kernel on these depends on, but for their contents."""
     return name, is_causal, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
-
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
     """O like q, and L (..., T) in float32."""
@@ -486,7 +465,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, 
         _launch(forward_kernel, key, [q, k, v, o4], "mnnm", [L, K**-0.5 * LOG2_E, 1.0, H, T, S], is_causal)
     return o, L
 
-
 def _gradients(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor,
                is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV from what the forward pass saved: one kernel for each side."""
@@ -496,46 +474,38 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor
     q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do)
     (B, H, T, K), S, scale = q.shape, k.shape[2], q.shape[-1]**-0.5
     T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
-    stats = (q.new_empty if T == T_padded else q.new_zeros)((2 * B * H, T_padded), dtype=torch.float32)
-    sizes = [B * H, scale, scale * LOG2_E, H, T, T_padded, S]                       # stats: a line of L a head, one of D
+    L_log2, D = (q.new_empty if T == T_padded else q.new_zeros)((2, B * H, T_padded), dtype=torch.float32)
+    sizes = [scale, scale * LOG2_E, H, T, T_padded, S]
     with torch.cuda.device(q.get_device()):
-        _launch(dq_kernel, keys[0], [q, k, v, do, o, _fold(dq)], "mnnmmm", [L, stats, 1.0, *sizes], is_causal)
-        _launch(dkdv_kernel, keys[1], [q, k, v, do, _fold(dk), _fold(dv), stats], "mnnmnnl", sizes, is_causal)
+        _launch(dq_kernel, keys[0], [q, k, v, do, o, _fold(dq)], "mnnmmm", [L, L_log2, D, 1.0, *sizes], is_causal)
+        _launch(dkdv_kernel, keys[1], [q, k, v, do, _fold(dk), _fold(dv), L_log2, D], "mnnmnnll", sizes, is_causal)
     return dq, dk, dv
-
 
 # Operators, which torch.compile calls without looking inside; they cost 50 us, which eager code saves.
 flash_forward = torch.library.custom_op("flash_attn_triton::forward", _forward, mutates_args=())
 flash_backward = torch.library.custom_op("flash_attn_triton::backward", _gradients, mutates_args=())
 
-
 @flash_forward.register_fake
 def _(q, k, v, is_causal):
     return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
 
 @flash_backward.register_fake
 def _(q, k, v, o, L, do, is_causal):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
-
 def _eager(x: Tensor) -> bool:
     """Whether this runs now, on numbers: torch 2.11 traces a backward pass with is_compiling False."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.is_causal = inputs
     ctx.save_for_backward(*tensors, *output)
 
-
 def _backward(ctx, do: Tensor, _unused=None):
     gradients = _gradients if _eager(do) else flash_backward
     return *gradients(*ctx.saved_tensors, do, ctx.is_causal), None
 
-
 flash_forward.register_autograd(_backward, setup_context=_save)
-
 
 class FlashAttentionTriton(torch.autograd.Function):
     """FlashAttention-2 by the Triton kernels, forward and backward.
@@ -553,7 +523,6 @@ class FlashAttentionTriton(torch.autograd.Function):
         return o
 
     backward = staticmethod(_backward)
-
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
     """Attention by the Triton kernels, for `TransformerLM(config, attention=flash_attention)`.
@@ -588,16 +557,14 @@ def walk_through() -> None:
         print(f"  tile {scores}  max {m:.0f}  old sums x {rescale:.3f}  sum {l:.4f}  output so far {acc / l:.4f}")
     print(f"  L = {m + math.log(l):.4f}, from which the backward pass rebuilds any p = exp(s - L)\n")
 
-
 def errors(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor, is_causal: bool) -> dict[str, float]:
     """Relative errors |x - exact| / |exact| of O, dQ, dK, dV, exact being plain attention in float64."""
-    def run(function, tensors, do):
-        leaves = [x.detach().requires_grad_() for x in tensors]
+    def run(function, *tensors):
+        *leaves, do = (x.detach().requires_grad_() for x in tensors)
         out = function(*leaves, is_causal)
         return [out.detach(), *torch.autograd.grad(out, leaves, do)]
-    ours, exact = run(attention, (q, k, v), do), run(plain_attention, [x.double() for x in (q, k, v)], do.double())
+    ours, exact = run(attention, q, k, v, do), run(plain_attention, *(x.double() for x in (q, k, v, do)))
     return {name: ((a - b).norm() / b.norm()).item() for name, a, b in zip(("O", "dQ", "dK", "dV"), ours, exact)}
-
 
 def self_check(seed: int = 0) -> dict[str, float]:
     """Largest float32 error of each version, over ragged lengths, grouped heads and odd widths.
@@ -605,36 +572,32 @@ def self_check(seed: int = 0) -> dict[str, float]:
     Raises: AssertionError above 5e-6 in float32 (rounding gives up to 5e-7, a wrong mask or scale 1e-2 or more), and
     above 3e-3 in float16, whose numbers have 11 bits: 2^-11 = 5e-4 for each rounding of P, dS and the outputs.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, worst = "cuda" if torch.cuda.is_available() else "cpu", {}
     versions = {"PyTorch": FlashAttentionPyTorch.apply}
     if triton is not None and (device == "cuda" or _interpreted()):
         versions["Triton"] = FlashAttentionTriton.apply
     generator = torch.Generator(device).manual_seed(seed)
-    worst = {}
-    for name, attention in versions.items():
-        for lead, G, T, S, K, dtype in [((2, 2), 2, 64, 64, 16, torch.float32), ((1, 4), 2, 45, 70, 16, torch.float32),
-                                        ((3,), 3, 70, 33, 18, torch.float32), ((1,), 1, 9, 40, 24, torch.float32),
-                                        ((1, 2), 1, 40, 40, 32, torch.float16)]:
-            if name == "PyTorch" and lead[-1] != G:
-                continue                                  # takes equal numbers of heads only
-            keys = (*lead[:-1], G, S, K)
-            for is_causal in (False, True):
-                q, k, v, do = (torch.randn(shape, generator=generator, device=device).to(dtype)
-                               for shape in ((*lead, T, K), keys, keys, (*lead, T, K)))
-                error = errors(attention, q, k, v, do, is_causal)
-                limit = 5e-6 if dtype == torch.float32 else 3e-3
-                assert all(e < limit for e in error.values()), f"{name}: {error} at {tuple(q.shape)}, {keys}, {dtype}"
-                if dtype == torch.float32:
-                    worst[name] = max(worst.get(name, 0.0), *error.values())
+    cases = [((2, 2), 2, 64, 64, 16, torch.float32), ((1, 4), 2, 45, 70, 16, torch.float32),
+             ((3,), 3, 70, 33, 18, torch.float32), ((1,), 1, 9, 40, 24, torch.float32),
+             ((1, 2), 1, 40, 40, 32, torch.float16)]
+    for name, (lead, G, T, S, K, dtype), is_causal in itertools.product(versions, cases, (False, True)):
+        if name == "PyTorch" and lead[-1] != G:
+            continue                                      # takes equal numbers of heads only
+        keys = (*lead[:-1], G, S, K)
+        q, k, v, do = (torch.randn(shape, generator=generator, device=device).to(dtype)
+                       for shape in ((*lead, T, K), keys, keys, (*lead, T, K)))
+        error = errors(versions[name], q, k, v, do, is_causal)
+        limit = 5e-6 if dtype == torch.float32 else 3e-3
+        assert all(e < limit for e in error.values()), f"{name}: {error} at {tuple(q.shape)}, {keys}, {dtype}"
+        if dtype == torch.float32:
+            worst[name] = max(worst.get(name, 0.0), *error.values())
     return worst
-
 
 def _median_ms(function) -> float:
     """Median milliseconds of a call; on a GPU with its L2 cache emptied before each."""
     if torch.cuda.is_available():
         return triton.testing.do_bench(function, warmup=5, rep=30, return_mode="median")
     return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=0.3).median * 1e3
-
 
 def _times(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[float] | list[str]:
     """Median milliseconds of forward, backward and both, or why there are none."""
@@ -650,13 +613,11 @@ def _times(attention, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> list[float
             raise
         return ["none"] * 3
 
-
 def _sdpa(backend: SDPBackend):
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     return attention
-
 
 def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
     """Median ms of forward, backward and both, causal, beside what one would use instead.
@@ -689,7 +650,6 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
                 row = "".join(f"{x[i]:>11}" if isinstance(x[i], str) else f"{x[i]:11.3f}" for x in cells.values())
                 rate = share * cost(B, heads, T, K)[0] / cells["ours"][i] / 1e9
                 print(f"{K:4d} {T:6d} {B:4d} {part:8}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
-
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
