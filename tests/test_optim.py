@@ -152,6 +152,19 @@ def test_views_and_strides(fused):
 
 
 @pytest.mark.parametrize("fused", BACKENDS)
+def test_follows_what_moves(fused):
+    """Gradients that lie elsewhere each step, state that is loaded anew: the kernel's table of addresses follows."""
+    (p, q), gradients = (torch.nn.Parameter(normal((5, 7), 0)) for _ in range(2)), [normal((5, 7), i) for i in range(4)]
+    ours, theirs = O.AdamW([p], lr=0.1, fused=fused), torch.optim.AdamW([q], lr=0.1, foreach=False)
+    for step, gradient in enumerate(gradients):
+        p.grad = q.grad = gradient
+        if step == 2:
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+        ours.step(), theirs.step()
+    assert largest([p], [q]) < FP32
+
+
+@pytest.mark.parametrize("fused", BACKENDS)
 @pytest.mark.parametrize("half", [False, True])
 def test_saved_and_loaded_goes_on_bit_for_bit(fused, half):
     dtype = torch.bfloat16 if half else torch.float32
