@@ -345,8 +345,8 @@ def _tiles(kernel: str, K: int, dtype: torch.dtype, descriptors: bool) -> list[T
         forward = dq = ((64, 64, 4, 3), (128, 128, 8, 3), (64, 32, 4, 4))
         dkdv = ((64, 64, 4, 2), (64, 128, 8, 3), (32, 64, 4, 3))
     else:
-        forward = dq = ((64, 128, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3))
-        dkdv = ((128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 5))
+        forward = dq = ((64, 64, 4, 3), (64, 128, 4, 3), (64, 32, 4, 3))
+        dkdv = ((128, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3))
     return [Tile(*tile) for tile in {"forward": forward, "dq": dq, "dkdv": dkdv}[kernel]]
 
 class Descriptor(TensorDescriptor):

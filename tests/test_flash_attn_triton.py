@@ -196,6 +196,17 @@ def test_operator():
 
 
 @needs_triton
+def test_tensors_without_numbers():
+    """Forward and backward of fake tensors, outside torch.compile's own tracing: torch 2.11 traces the backward pass so."""
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = (torch.empty(1, heads, 33, 16, requires_grad=True) for heads in (4, 2, 2))
+        for attention in (flash_attention, FlashAttentionTriton.apply):
+            out = attention(q, k, v, True)
+            gradients = torch.autograd.grad(out.sum(), (q, k, v))
+            assert out.shape == q.shape and [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+
+
+@needs_triton
 def test_autocast():
     if DEVICE == "cpu":
         pytest.skip("the interpreter has no bfloat16 product")
