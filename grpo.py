@@ -62,15 +62,12 @@ NUMBER = re.compile(rf"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) (?P<mixed>\d+)/(?P<ove
 
 def balanced_box(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}` of the text, braces matched; None if there is none or it never closes."""
-    start = text.rfind(r"\boxed{")
-    if start < 0:
-        return None
-    start += len(r"\boxed{")
+    _, found, rest = text.rpartition(r"\boxed{")
     depth = 1
-    for position in range(start, min(len(text), start + 4 * MAX_ANSWER)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    for position, character in enumerate(rest[:4 * MAX_ANSWER] if found else ""):
+        depth += (character == "{") - (character == "}")
         if depth == 0:
-            return text[start:position]
+            return rest[:position]
     return None
 
 def normalize_answer(text: str) -> str:
@@ -174,14 +171,10 @@ def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
     counts. ground_truth: a string or number, or a list of acceptable ones. An answer may stand in \boxed{}.
     Example: r1_zero_reward("2+2=4 </think> <answer> 4 </answer>", "4")["reward"] -> 1.0
     """
-    if "</think> <answer>" not in response:
+    answer, closed, _ = response.rpartition("<answer>")[2].partition("</answer>")
+    if "</think> <answer>" not in response or not closed:
         return graded(None, ground_truth)
-    answer, closed, _ = response[response.rfind("<answer>") + len("<answer>"):].partition("</answer>")
-    if not closed:
-        return graded(None, ground_truth)
-    if r"\boxed{" in answer:
-        answer = balanced_box(answer) or ""
-    return graded(answer, ground_truth)
+    return graded(balanced_box(answer) or "" if r"\boxed{" in answer else answer, ground_truth)
 
 def question_only_reward(response: str, ground_truth) -> dict[str, float]:
     r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts without a format."""
@@ -191,10 +184,8 @@ def question_only_reward(response: str, ground_truth) -> dict[str, float]:
 # ---------------------------------------------------------------- the algorithms, each next to its equation
 
 def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of the entries where mask is true, along `dim` or over all. NaN where the mask is empty (0 / 0): a mean of
-    nothing has no value, and silence about it would hide an empty response.
-    Example: masked_mean([1, 2, 3], [1, 1, 0]) -> 1.5
-    """
+    """Mean of the entries where mask is true, along `dim` or over all. NaN where the mask is empty (0 / 0): silence
+    would hide an empty response. Example: masked_mean([1, 2, 3], [1, 1, 0]) -> 1.5"""
     kept, counts = tensor.masked_fill(~mask.bool(), 0), mask.bool().to(tensor.dtype)
     return kept.sum() / counts.sum() if dim is None else kept.sum(dim) / counts.sum(dim)
 
@@ -204,10 +195,8 @@ def compute_group_normalized_rewards(
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to a question (arXiv:2402.03300, 4.1.2).
 
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
-    one, and a group whose rewards are all alike, has advantage 0.
-    Args: rollout_responses, repeated_ground_truths: N each, the members of a group side by side.
-    Returns: advantages (N,), raw_rewards (N,), float32; metadata: the means of reward, format and answer reward, and
-    the share of groups without signal.
+    one, and a group whose rewards are all alike, has advantage 0. The N responses of a batch stand group by group.
+    Returns: advantages (N,), raw_rewards (N,), float32; the means of the rewards and the share of groups all alike.
     """
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
@@ -286,8 +275,8 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
         return compute_naive_policy_gradient_loss(given[LOSS_TYPES[loss_type][0]], policy_log_probs), {}
     if loss_type == "gspo":
         return compute_gspo_loss(advantages, policy_log_probs, old_log_probs, cliprange, response_mask)
-    cliprange = None if loss_type == "grpo_no_clip" else cliprange
-    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs, cliprange)
+    return compute_grpo_clip_loss(advantages, policy_log_probs, old_log_probs,
+                                  None if loss_type == "grpo_no_clip" else cliprange)
 
 def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequence",
               normalize_constant: float | None = None) -> Tensor:
@@ -351,9 +340,8 @@ class TorchEngine:
             answers += self.generate_fn(
                 self.model, prompts[start:start + together], max_new_tokens=max_tokens, min_new_tokens=min_tokens,
                 temperature=temperature, num_samples=num_samples, seed=seed + start, graph=self.graph,
-                decode=functools.partial(text_of, self.tokenizer),
-                stop_ids=self.stop_ids + [special[s] for s in stop if s in special],
-                stop_strings=[s for s in stop if s not in special])
+                decode=functools.partial(text_of, self.tokenizer), stop_strings=[s for s in stop if s not in special],
+                stop_ids=self.stop_ids + [special[s] for s in stop if s in special])
         return answers
 
     def sync(self, model) -> None:
@@ -429,14 +417,14 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
                 for name, x in model.state_dict().items()
                 if name != "lm_head.weight" or not model.config.tie_embeddings]
     device = next(model.parameters()).device
-    if kind == "torch":                                               # a CUDA graph where model.generate can have one
-        options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
-    else:
+    if kind == "vllm":
         options = {"sleeps": device == torch.device("cuda", 0)} | options
+    else:                                                             # a CUDA graph where model.generate can have one
+        options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
     print(f"engine: {kind}, dtype {dtype}" + "".join(f", {key} {value}" for key, value in options.items()))
-    if kind == "torch":
-        return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype), **options)
-    return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], dtype, **options)
+    if kind == "vllm":
+        return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], dtype, **options)
+    return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype), **options)
 
 
 # ---------------------------------------------------------------- the loop
@@ -511,8 +499,8 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
 
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
-    Returns: loss and gnorm (the gradient norm); sums over the response tokens computed: tokens, clipped, gap = |trainer
-    - engine|; trained: those tokens and their prompts', padding left out.
+    Returns: loss, gnorm; over the response tokens computed, the sums of 1, clipped and gap = |trainer - engine|;
+    trained: those tokens and their prompts'.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
@@ -527,12 +515,12 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
             return torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
         before = log_probs.detach() if old is None else spread(old[i] for i in members)
         engine = spread(answers[i].logprobs for i in members)
+        share = all_tokens / tokens if config.length_normalization == "token" else len(answers) / len(members)
+        weights = (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None
         loss, metadata = grpo_microbatch_train_step(
-            log_probs, mask, all_tokens / tokens if config.length_normalization == "token" else
-            len(answers) / len(members), config.loss_type, raw_rewards[members].to(device),
-            advantages[members].to(device), before, config.clip, length_normalization=config.length_normalization,
-            normalize_constant=config.max_tokens, importance_weights=(
-                (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None))
+            log_probs, mask, share, config.loss_type, raw_rewards[members].to(device), advantages[members].to(device),
+            before, config.clip, length_normalization=config.length_normalization,
+            normalize_constant=config.max_tokens, importance_weights=weights)
         for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
                            ("trained", sum(length_of(answers[i]) for i in members)),
                            ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
@@ -571,8 +559,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
 
     def record(line: dict) -> None:
         history.append(line)
-        shown = [f"{key.replace('_', ' ')} " + (f"{x:.0f}" if x >= 1000 else f"{x:.4g}") for key, x in line.items()
-                 if key != "step" and x is not None]
+        shown = [f"{key.replace('_', ' ')} {x:.0f}" if x >= 1000 else f"{key.replace('_', ' ')} {x:.4g}"
+                 for key, x in line.items() if key != "step" and x is not None]
         eta = (time.perf_counter() - started) / max(1, line["step"] - first) * (config.steps - line["step"])
         log(" | ".join([f"step {line['step']}/{config.steps}", *shown, f"eta {eta // 60:.0f}m{eta % 60:02.0f}s"]))
         if run_dir:
@@ -622,18 +610,16 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
                 "truncated": mean(a.finish_reason == "length" for a in answers),
-                "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds,
-                "train_s": train_seconds, "train_tok/s": trained / train_seconds,
+                "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds, "train_s": train_seconds,
+                "train_tok/s": trained / train_seconds,
                 "train_tflop/s": trained * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
         if updates and not math.isfinite(line["loss"]):
             raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
                              "Lower the learning rate, or clip the gradient")
-        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            line |= evaluate()
-        record(line)
-        every = config.checkpoint_every
-        if last and every and ((step + 1) % every == 0 or step + 1 == config.steps):
+        due, every = step + 1 == config.steps, config.checkpoint_every
+        record(line | (evaluate() if due or (step + 1) % config.eval_every == 0 else {}))
+        if last and every and (due or (step + 1) % every == 0):
             with write_whole(last) as file:
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
                             "history": history, "config": asdict(config)}, file)
@@ -661,11 +647,10 @@ def self_check() -> float:
     worst = (advantages - torch.tensor([A, -A, -A, A])).abs().max().item()
     old, mask = torch.full((4, 3), -1.0), torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
     new = (old + torch.tensor([0.3, 0.1, -0.3])).requires_grad_()
-    print(f"ratios {up:.3f} {mid:.3f} {down:.3f}, clipped to 0.8..1.2 where that makes an answer's gain smaller")
-    rows = [-(1.2 + mid + down) * A, (up + mid) * A, up * A, -(1.2 + mid + down) * A]  # a wrong one's up is not clipped
-    expected = {"sequence": sum(x / n for x, n in zip(rows, (3, 2, 1, 3))) / 4, "token": sum(rows) / 9,
-                "constant": sum(rows) / 20}
-    for name, value in expected.items():
+    right = -(1.2 + mid + down) * A                       # its 1.35 is clipped; a wrong answer's is not
+    rows = [right, (up + mid) * A, up * A, right]
+    for name, value in (("sequence", sum(x / n for x, n in zip(rows, (3, 2, 1, 3))) / 4), ("token", sum(rows) / 9),
+                        ("constant", sum(rows) / 20)):
         got, _ = grpo_microbatch_train_step(new, mask, 2, "grpo_clip", None, advantages, old, 0.2,
                                             length_normalization=name, normalize_constant=5.0)
         print(f"loss with {name:8s} normalization, halved by 2 accumulation steps: {got:+.4f}")
@@ -689,13 +674,13 @@ def table(run_dirs: list[str]) -> None:
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
-        measured, steps = [x for x in lines if "accuracy" in x], [x for x in lines if "reward" in x]
-        shown = [f"{xs[0][key]:{digits}} -> {xs[-1][key]:{digits}}" if xs else "" for xs, key, digits in (
-            (measured, "accuracy", ".3f"), (measured, "greedy", ".3f"), (steps, "entropy", ".3f"),
-            (steps, "length", ".1f"))]
+        steps, shown = [x for x in lines if "reward" in x], []
+        for key, digits in (("accuracy", ".3f"), ("greedy", ".3f"), ("entropy", ".3f"), ("length", ".1f")):
+            values = [x[key] for x in lines if key in x]
+            shown.append(f"{values[0]:{digits}} -> {values[-1]:{digits}}" if values else "")
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
         seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(form.format(folder[-28:], shown[0], shown[1], curve, shown[2], shown[3], f"{seconds:.0f}"))
+        print(form.format(folder[-28:], *shown[:2], curve, *shown[2:], f"{seconds:.0f}"))
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
 COIN = "by a hash of the answer, to time steps of a model that knows nothing"

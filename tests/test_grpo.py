@@ -61,7 +61,8 @@ def test_r1_zero_reward(response, truth, format_reward, reward):
 
 @pytest.mark.parametrize("response, format_reward, reward", [
     (r"so \boxed{4}", 1, 1), (r"\boxed{3} no, \boxed{4}", 1, 1), (r"\boxed{4} no, \boxed{3}", 1, 0),
-    (r"\boxed{\frac{8}{2}}", 1, 1), (r"\boxed{{4}}", 1, 1), (r"\boxed{4", 0, 0), ("4", 0, 0), (r"\boxed{}", 1, 0)])
+    (r"\boxed{\frac{8}{2}}", 1, 1), (r"\boxed{{4}}", 1, 1), (r"\boxed{4", 0, 0), ("4", 0, 0), (r"\boxed{}", 1, 0),
+    ("4}", 0, 0), (r"\boxed{4}}", 1, 1)])
 def test_question_only_reward(response, format_reward, reward):
     got = grpo.question_only_reward(response, "4")
     assert (got["format_reward"], got["reward"]) == (format_reward, reward)
