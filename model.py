@@ -37,6 +37,8 @@ except ImportError:
 # Dims: B batch, T sequence, S keys, D model width, H heads, G kv heads, K head width, F feed-forward width,
 #       V vocabulary, L layers, N = B*T rows of the loss, n rows of a chunk of it, R samples being written
 
+_DERIVED = "num_kv_heads", "head_dim", "d_ff"
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and switches of a TransformerLM. Widths left None are filled in, so that reading them gives numbers
@@ -61,12 +63,9 @@ class ModelConfig:
     tie_embeddings: bool = False       # the LM head is the embedding table
 
     def __post_init__(self):
-        def fill(name, value):
-            object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
-        optional = "num_kv_heads", "head_dim", "d_ff"
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", *optional):
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", *_DERIVED):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0 or value is None and name in optional):
+            if not (isinstance(value, int) and value > 0 or value is None and name in _DERIVED):
                 raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         for name, allowed in (("norm", ("pre", "post", "none")), ("positions", ("rope", "none")),
                               ("ffn", ("swiglu", "silu")), ("rope_layout", ("interleaved", "half"))):
@@ -74,9 +73,9 @@ class ModelConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} does not divide into {self.num_heads} heads; or give head_dim")
-        fill("num_kv_heads", self.num_heads)
-        fill("head_dim", self.d_model // self.num_heads)
-        fill("d_ff", 4 * self.d_model if self.ffn == "silu" else max(64, round(8 * self.d_model / 3 / 64) * 64))
+        d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(8 * self.d_model / 3 / 64) * 64)
+        for name, value in zip(_DERIVED, (self.num_heads, self.d_model // self.num_heads, d_ff)):
+            object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))     # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -379,9 +378,9 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
 
 @_linear_cross_entropy.register_fake
 def _(hidden, weight, targets, chunk, backend, gradients):
-    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    grad_weight = torch.empty_like(weight if gradients else loss, dtype=loss.dtype)
-    return loss, torch.empty_like(hidden if gradients else loss), grad_weight
+    loss = at_least_float32(hidden.new_empty(()))
+    hidden, weight = (hidden, weight) if gradients else (loss, loss)
+    return loss, torch.empty_like(hidden), torch.empty_like(weight, dtype=loss.dtype)
 
 def _keep_gradients(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
@@ -829,11 +828,11 @@ def self_check(seed: int = 0) -> float:
     config, ids = ModelConfig(97, 48, 32, 2, 4, num_kv_heads=2), torch.randint(97, (2, 41))
     model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1)
     fast.load_state_dict(model.state_dict())
-    x, y, weights, fast_weights = ids[:, :-1], ids[:, 1:], list(model.parameters()), list(fast.parameters())
+    x, y = ids[:, :-1], ids[:, 1:]
     plain = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
     chunked = linear_cross_entropy(fast.hidden(x), fast.lm_head.weight, y, chunk=7)
     pairs = [(model(x), fast(x)), (plain, cross_entropy(model(x), y)), (plain, chunked)]
-    pairs += zip(torch.autograd.grad(plain, weights), torch.autograd.grad(chunked, fast_weights))
+    pairs += zip(*(torch.autograd.grad(loss, list(m.parameters())) for loss, m in ((plain, model), (chunked, fast))))
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, folder)
         pairs.append((model(x), load_hf(folder)(x)))
