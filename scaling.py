@@ -7,30 +7,14 @@ Source:     Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556, section 3 and a
             arXiv:2001.08361, figure 5 and D.6 (the `law` backend); Yang et al. 2022, arXiv:2203.03466 (rate ~ 1/width).
 Deviations: 1. The parametric fit runs Levenberg-Marquardt from the best 48 of Chinchilla's 4,500 starts, not L-BFGS
             from all. 2. In real training N counts every weight that multiplies, so the head but not the input table.
-            3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend. 4. Validation
-            is on the same 512 windows for every run, in the training batch's size: val_batch_size changes nothing.
+            3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend.
 Copy:       this file alone; needs numpy. `--backend train` also wants model.py, optim.py, train.py, bpe.py and torch.
-Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check:
-            approach     N_opt ~ C^a   D_opt ~ C^(1-a)    N, loss at 10x the largest budget       at 100x
-            parametric    0.448                 0.552           6.26e+08   2.598          1.76e+09   2.327
-            min           0.400 +-0.076         0.600           5.17e+08   2.473           1.3e+09   2.059
-            parabola      0.454 +-0.009         0.546            6.9e+08   2.463          1.96e+09   2.052
-            python scaling.py run --backend train      the main job, on two CPU cores; its last lines:
-            prediction for 3.2e+12 FLOPs, 8 times the largest budget: best N 6.75e+04; d_model 40 has 58240, and will
-            reach 2.5452, midway between 2.4656 (power law of the vertices) and 2.6273 (parametric). Training it
-            reached 2.5712, predicted 2.5452: -1.01%, bar 3%: OK
-            python scaling.py serve --backend law &    then, with the course's client or with curl:
-            curl 'http://127.0.0.1:8000/loss?d_model=512&num_layers=8&num_heads=8&batch_size=128&learning_rate=0.001'\
-                 '&train_flops=1000000000000000&api_key=local'
-            {"loss": 8.009728811703377, "total_flops_used": 1000000000000000.0, "backend": "law",
-             "parameters": 25198592, "tokens": 6614126}
-            python scaling.py sweep --budgets 1e15,3e15,1e16 --widths 128,256,384,512,768 --layers 6 --batch-size 128
-                 --rate 0.002 --dry-run                asks that server, or any at --url; without --dry-run it spends
-            python scaling.py fit                      the three fits on what sweep wrote
+Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -38,6 +22,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sqlite3
 import sys
 import threading
@@ -73,6 +58,7 @@ class PowerLaw(namedtuple("PowerLaw", "coefficient exponent r2 coefficient_error
     """y = coefficient * x ** exponent, R2 of log y, and one standard error of each (to first order; NaN from two x)."""
 
     def __call__(self, x):
+        """y at x, a number or an array."""
         return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
 
 
@@ -95,7 +81,7 @@ def fit_power_law(x, y) -> PowerLaw:
                     float(coefficient * error * np.sqrt((u * u).mean())), error)
 
 
-Optima = namedtuple("Optima", "C N D loss notes")                        # a value each per budget; notes: what is amiss
+Optima = namedtuple("Optima", "C N D loss")                              # arrays, of a value per budget
 
 
 def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
@@ -103,14 +89,14 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
 
     Args: N parameters, C FLOPs (a budget: equal to six digits), loss nats, one of each per run. method: "min" takes the
           run with the lowest loss; "parabola" the vertex of a quadratic in log N, from three or more sizes a budget.
-    Warns, and notes: a vertex outside the sampled sizes; a curve that opens downward, where "min" stands in.
+    Warns: a vertex outside the sampled sizes; a curve that opens downward, where "min" stands in.
     Raises: ValueError on another method, too few sizes, or values that are not positive and finite.
     Example: N=[1, 2, 4], C=[6, 6, 6], loss=[2, 1, 2] -> N [2], D [0.5]
     """
     if method not in ("min", "parabola"):
         raise ValueError(f'method must be "min" or "parabola", got {method!r}')
     N, C, loss = columns(1, N=N, C=C, loss=loss)
-    rounded, rows, notes = np.array([float(f"{c:.6g}") for c in C]), [], []
+    rounded, rows = np.array([float(f"{c:.6g}") for c in C]), []
     for budget in np.unique(rounded):
         u, losses = np.log(N[rounded == budget]), loss[rounded == budget]
         best, best_loss = u[losses.argmin()], losses.min()
@@ -120,22 +106,21 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
             middle, width = u.mean(), np.ptp(u)                          # centred and scaled: well conditioned
             c2, c1, c0 = np.polyfit((u - middle) / width, losses, 2)
             if c2 <= 1e-12 * best_loss:
-                notes.append(f"budget {budget:g}: the parabola opens downward; took the lowest run")
+                warnings.warn(f"budget {budget:g}: the parabola opens downward; took the lowest run", stacklevel=2)
             else:
                 best, best_loss = middle - width * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
                 if not u.min() <= best <= u.max():
-                    notes.append(f"budget {budget:g}: the vertex N {math.exp(best):.4g} lies outside the sampled "
-                                 f"{math.exp(u.min()):.4g}..{math.exp(u.max()):.4g}; add sizes on that side")
+                    warnings.warn(f"budget {budget:g}: the vertex N {math.exp(best):.4g} lies outside the sampled "
+                                  f"{math.exp(u.min()):.4g}..{math.exp(u.max()):.4g}; add sizes there", stacklevel=2)
         rows.append((budget, np.exp(best), budget / 6 / np.exp(best), best_loss))
-    for note in notes:
-        warnings.warn(note, stacklevel=2)
-    return Optima(*np.array(rows).T, notes)
+    return Optima(*np.array(rows).T)
 
 
 class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective intervals", defaults=(0.0, {}))):
     """L(N, D) = E + A / N**alpha + B / D**beta, nats a token; the mean Huber loss reached; 95% intervals by name."""
 
     def __call__(self, N, D):
+        """The loss at N and D, numbers or arrays."""
         return self.E + self.A / np.asarray(N, float) ** self.alpha + self.B / np.asarray(D, float) ** self.beta
 
     def optimal(self, C) -> tuple[np.ndarray, np.ndarray]:
@@ -216,30 +201,26 @@ def compare(runs: list[dict], picture: Path | None = None) -> dict:
     Returns: {"min", "parabola": Optima, "parametric": ParametricLaw}.
     """
     N, C, loss = columns(5, **{name: [run[name] for run in runs] for name in ("parameters", "train_flops", "loss")})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                  # the notes are printed below
-        found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
-    law, best = fit_parametric(N, C / (6 * N), loss, bootstrap=200), found["parabola"]
-    print("budget    N:loss of each run, * the lowest; vertex of the parabola")
-    for budget, vertex, value in zip(best.C, best.N, best.loss):
-        same, line = np.isclose(C, budget, 1e-5), f"{budget:8.3g} "
-        for n, y in sorted(zip(N[same], loss[same])):
-            line += f"{n:9.3g}:{y:.3f}{'*' if y == loss[same].min() else ' '}"
-        print(f"{line} vertex {vertex:.3g}:{value:.3f}")
-    print("".join(f"note: {note}\n" for note in best.notes) + "\napproach     N_opt ~ C^a   D_opt ~ C^(1-a)"
-          "    N, loss at 10x the largest budget       at 100x")
-    far, rows = C.max() * np.array([10, 100]), {"parametric": (law.beta / (law.alpha + law.beta), math.nan)}
+    law, far = fit_parametric(N, C / (6 * N), loss, bootstrap=200), C.max() * np.array([10, 100])
+    found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
+    print("budget    N:loss of each run; vertex of the parabola")
+    for budget, vertex, value in zip(*(found["parabola"][i] for i in (0, 1, 3))):
+        same = np.isclose(C, budget, 1e-5)
+        curve = "".join(f"{n:9.3g}:{y:.3f}" for n, y in sorted(zip(N[same], loss[same])))
+        print(f"{budget:8.3g} {curve}  vertex {vertex:.3g}:{value:.3f}")
+    print("\napproach     N_opt ~ C^a   D_opt ~ C^(1-a)    N, loss at 10x the largest budget       at 100x")
+    rows = {"parametric": (law.beta / (law.alpha + law.beta), math.nan, law.optimal(far)[0], law(*law.optimal(far)))}
     for name, optima in found.items():
-        rows[name] = (to_n := fit_power_law(optima.C, optima.N)).exponent, to_n.exponent_error
-        rows[name] += *to_n(far), *fit_power_law(optima.C, optima.loss)(far)
-    rows["parametric"] += *law.optimal(far)[0], *law(*law.optimal(far))
-    for name, (a, error, *values) in rows.items():
-        print("{:11s}{:8.3f} +-{:5.3f}{:14.3f}{:19.3g}{:8.3f}{:18.3g}{:8.3f}".format(
-            name, a, error, 1 - a, values[0], values[2], values[1], values[3]).replace("+-  nan", " " * 7))
+        size = fit_power_law(optima.C, optima.N)
+        rows[name] = size.exponent, size.exponent_error, size(far), fit_power_law(optima.C, optima.loss)(far)
+    for name, (a, error, sizes, losses) in rows.items():
+        spread = "" if math.isnan(error) else f"+-{error:.3f}"
+        pairs = "".join(f"{n:19.3g}{y:8.3f}" for n, y in zip(sizes, losses))
+        print(f"{name:11s}{a:8.3f} {spread:7s}{1 - a:14.3f}{pairs}")
     print("with", ", ".join(f"{name} {value:.4g} ({law.intervals[name][0]:.4g} to {law.intervals[name][1]:.4g})"
                             for name, value in zip(law._fields[:5], law)))
     if picture:
-        print(draw(N, C, loss, best, law, picture))
+        print(draw(N, C, loss, found["parabola"], law, picture))
     return found | {"parametric": law}
 
 
@@ -260,7 +241,8 @@ def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> str:
         right.loglog(best.C, vertices, color + "o", wide, line, color + "-")
     left.set(xlabel="N", ylabel="loss (nats a token)", title="runs of each budget, parametric fit, * vertices")
     right.set(xlabel="C (FLOPs)", title="N_opt (blue), D_opt (orange): vertices, parametric fit")
-    figure.savefig(path, dpi=130)
+    figure.savefig(part := path.with_suffix(".part"), format="png", dpi=130)
+    os.replace(part, path)
     return f"picture: {path}"
 
 
@@ -295,7 +277,7 @@ class Refused(Exception):
     """A request that is answered with an error; args: the HTTP status, and one line that says why."""
 
 
-# A rule is bool, a set (one of these), (int or float, low, high), a list or dict of rules, or a function of the value.
+# A rule is a set (one of these), (int or float, low, high), the same with None (or null), or a list or dict of rules.
 COURSE = {"d_model": (int, 64, 1024), "num_layers": (int, 2, 24), "num_heads": (int, 2, 16), "batch_size": {128, 256},
           "learning_rate": (float, 1e-4, 1e-3),
           "train_flops": {k * 10 ** e for k in (1, 3, 6) for e in range(13, 18)} | {10 ** 18}}
@@ -303,52 +285,49 @@ HOME = {"d_model": (int, 8, 1024), "num_layers": (int, 1, 24), "num_heads": (int
         "learning_rate": (float, 1e-5, 0.2), "train_flops": (int, 10 ** 9, 10 ** 18)}          # what a laptop can train
 RATE, FRACTION, DECAY, COUNT = (float, 0, 1e3), (float, 0, 1), (float, 0, 0.999999), (int, 1, 1 << 20)
 BOTH = {"lr_scheduler": {"peak": RATE, "final_lr_frac": FRACTION, "warmup_frac": FRACTION, "init": RATE},
-        "weight_decay": FRACTION,
-        "grad_clip_norm": lambda norm: norm if norm is None else check(norm, (float, 1e-9, 1e9), "grad_clip_norm")}
-SGD = BOTH | {"momentum": DECAY, "nesterov": bool}
-ADAMW = BOTH | {"betas": [DECAY, DECAY], "eps": FRACTION, "eps_root": FRACTION}
+        "weight_decay": FRACTION, "grad_clip_norm": (float, 1e-9, 1e9, None)}
+SGD = BOTH | {"momentum": DECAY, "nesterov": {False, True}}
+ADAMW = BOTH | {"betas": [DECAY, (float, 1e-6, 0.999999)], "eps": FRACTION, "eps_root": FRACTION}
 TRAINING = {
     "architecture_config": {
-        "attention_bias": bool, "head_dim": (int, 2, 1024), "hidden_size": COUNT, "intermediate_size": COUNT,
-        "num_attention_heads": COUNT, "num_hidden_layers": (int, 1, 512), "num_key_value_heads": COUNT,
-        "rms_norm_eps": FRACTION, "rope_theta": (float, 1, 1e12), "tie_word_embeddings": bool,
+        "hidden_size": COUNT, "intermediate_size": COUNT, "num_attention_heads": COUNT, "num_key_value_heads": COUNT,
+        "head_dim": (int, 2, 1024), "num_hidden_layers": (int, 1, 512), "attention_bias": {False, True},
+        "tie_word_embeddings": {False, True}, "rms_norm_eps": FRACTION, "rope_theta": (float, 1, 1e12),
         "dtype": {"float32", "bfloat16"}, "vocab_size": (int, 2, 1 << 24)},
-    "optimizer_config": lambda given: check(
-        given, SGD if isinstance(given, dict) and "momentum" in given else ADAMW, "optimizer_config"),
-    "train_batch_size": COUNT, "val_batch_size": COUNT, "n_evals": (int, 1, 1000), "model_seed": (int, 0, 1 << 31),
-    "total_train_tokens": (int, 1, 10 ** 15), "max_runtime_seconds": (float, 1e-3, 1e6)}
+    "optimizer_config": ADAMW, "train_batch_size": COUNT, "val_batch_size": COUNT, "n_evals": (int, 1, 1000),
+    "total_train_tokens": (int, 1, 10 ** 15), "max_runtime_seconds": (float, 1e-3, 1e6), "model_seed": (int, 0, 1 << 31)}
 
 
 def check(value, rule, name: str, out_of_range: int = 422):
     """The value in the rule's type. Raises: Refused `out_of_range` for one not allowed, 422 for another kind."""
     def refuse(wanted: str, status: int = 422):
-        raise Refused(status, f"{name} must be {wanted}, got {repr(value)[:60]}")
+        raise Refused(status, f"{name} must {wanted}, got {repr(value)[:60]}")
     if isinstance(rule, dict):
-        if amiss := value.keys() ^ rule.keys() if isinstance(value, dict) else {"an object"}:
-            wanted, wrong = ", ".join(rule), ", ".join(sorted(amiss))[:200]
-            raise Refused(422, f"{name} must have {wanted}; unknown or missing: {wrong}")
+        if not isinstance(value, dict) or value.keys() != rule.keys():
+            wrong = sorted(value.keys() ^ rule.keys()) if isinstance(value, dict) else ["an object"]
+            raise Refused(422, f"{name} must have {', '.join(rule)}; unknown or missing: {', '.join(wrong)[:200]}")
         return {key: check(value[key], inner, key, out_of_range) for key, inner in rule.items()}
     if isinstance(rule, list):
         fits = isinstance(value, list) and len(value) == len(rule)
-        return [check(*pair, name) for pair in zip(value, rule)] if fits else refuse(f"a list of {len(rule)} numbers")
-    if rule is bool:
-        return value if isinstance(value, bool) else refuse("true or false")
-    if callable(rule):
-        return rule(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float, str) if isinstance(rule, set) else (int, float)):
-        refuse("a number" if isinstance(rule, tuple) else "a number or a word")
-    if isinstance(rule, set):
-        allowed = {member: member for member in rule}                    # 128.0 is 128
-        return allowed[value] if value in rule else refuse(f"one of {', '.join(map(str, sorted(rule)))}", out_of_range)
-    kind, low, high = rule
-    if not low <= value <= high:                                         # NaN as well
-        refuse(f"in range [{low}, {high}]", out_of_range)
-    return kind(value) if value == kind(value) else refuse("a whole number")
+        return [check(*pair, name) for pair in zip(value, rule)] if fits else refuse(f"be a list of {len(rule)} numbers")
+    if value is None and None in rule:
+        return None
+    kind = type(min(rule)) if isinstance(rule, set) else rule[0]
+    if not isinstance(value, kind if kind in (bool, str) else (int, float)) or isinstance(value, bool) != (kind is bool):
+        refuse({bool: "be true or false", str: "be a word"}.get(kind, "be a number"))
+    if isinstance(rule, set) and value not in rule:
+        refuse(f"be one of {', '.join(map(str, sorted(rule)))}", out_of_range)
+    if isinstance(rule, tuple) and not rule[1] <= value <= rule[2]:      # NaN as well
+        refuse(f"be in range [{rule[1]}, {rule[2]}]", out_of_range)
+    return kind(value) if value == kind(value) else refuse("be a whole number")
 
 
 def check_training(config) -> dict:
     """A complete 2026 training config; its optimizer is SGD if it has momentum, else AdamW. Raises: Refused 422."""
-    shape = (config := check(config, TRAINING, "the training config"))["architecture_config"]
+    optimizer = config.get("optimizer_config") if isinstance(config, dict) else None
+    sgd = isinstance(optimizer, dict) and "momentum" in optimizer
+    config = check(config, TRAINING | {"optimizer_config": SGD if sgd else ADAMW}, "the training config")
+    shape = config["architecture_config"]
     if shape["num_attention_heads"] % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise Refused(422, "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
     return config
@@ -360,8 +339,8 @@ def from_query(query: dict, backend, seed: int) -> dict:
     shape = {"attention_bias": False, "head_dim": max(2, 2 * round(d / heads / 2)), "hidden_size": d,
              "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
              "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-             "tie_word_embeddings": False, "dtype": "float32", "vocab_size": backend.vocab_size}
-    rates = {"peak": query["learning_rate"], "final_lr_frac": 0.1, "warmup_frac": 0.05, "init": 0.0}
+             "tie_word_embeddings": False, "dtype": backend.dtype, "vocab_size": backend.vocab_size}
+    rates = {"peak": query["learning_rate"], "final_lr_frac": 0.0, "warmup_frac": 0.05, "init": 0.0}
     adamw = {"weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0}
     return {"architecture_config": shape, "optimizer_config": {"lr_scheduler": rates} | adamw, "model_seed": seed,
             "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "max_runtime_seconds": 1e6,
@@ -376,7 +355,7 @@ class LawBackend:
     Penalties: 0.02 ln(rate / best)^2 with best = 0.003239 - 0.0001395 ln N (Kaplan, D.6), and 0.004 ln(d / 50 L)^2, as
     flat as Kaplan's figure 5. Noise: 0.2%, seeded by the config. A run "takes" 6 N D / 4e14 seconds.
     """
-    name, vocab_size, head = "law", 32000, 0
+    name, dtype, vocab_size, head = "law", "float32", 32000, 0
 
     def count_parameters(self, shape: dict) -> int:
         """N: a layer's attention (4 d^2 in the usual shape) and SwiGLU (8 d^2), and V d where the head is counted."""
@@ -402,14 +381,16 @@ class TrainBackend(LawBackend):
     """Trains each run in a process of its own, which can be killed, and which ends soon after the server does."""
     name, head = "train", 1
 
-    def __init__(self, tokens: str | Path, context_length: int = 128, threads: int = 1):
+    def __init__(self, tokens: str | Path, context_length: int = 32, dtype: str = "float32", compiled: bool = False):
         try:
             ids = [np.load(Path(tokens) / f"{split}.npy", mmap_mode="r") for split in ("train", "valid")]
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokens in {tokens} ({error}); give --tokens DIR with train.npy, valid.npy") from None
-        self.vocab_size, self.how = 1 + max(int(part.max()) for part in ids), (str(tokens), context_length, threads)
+        self.vocab_size, self.dtype = 1 + max(int(part.max()) for part in ids), dtype
+        self.how = str(tokens), context_length, compiled
 
     def run(self, config: dict, report) -> tuple[list[float], float]:
+        """As LawBackend.run, but trained."""
         context = multiprocessing.get_context("spawn")                   # not fork: the server has threads
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=train_once, args=(config, *self.how, send), daemon=True)
@@ -432,269 +413,247 @@ class TrainBackend(LawBackend):
             process.kill()
 
 
-def train_once(config: dict, tokens: str, context_length: int, threads: int, pipe) -> None:
-    """In a process of its own: model.py, trained by train.py as the config says. Sends losses, then done or failed."""
+def train_once(config: dict, tokens: str, context_length: int, compiled: bool, pipe) -> None:
+    """In a process of its own, on one thread: trains model.py by train.py's steps. Sends losses, then done or failed.
+
+    Validation is on the same 512 windows for every run, n_evals times, evenly spread, the last one at the end.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is the server's, which ends this
     try:
         import torch
         import model as transformer                                      # a driver imports siblings, and only in here
         import optim
         import train
-        torch.set_num_threads(threads)
+        pipe.send(("running", losses := []))
+        torch.set_num_threads(1)
         torch.manual_seed(config["model_seed"])
-        pipe.send(("losses", losses := []))
-        shape, given, batch = config["architecture_config"], config["optimizer_config"], config["train_batch_size"]
-        if given.get("eps_root"):
-            raise ValueError("eps_root must be 0, this AdamW has none")
+        shape, given, evals = config["architecture_config"], config["optimizer_config"], config["n_evals"]
         names = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
                  "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
                  "attention_bias": "qkv_bias", "tie_word_embeddings": "tie_embeddings"}
         settings = {names.get(name, name): value for name, value in shape.items() if name != "dtype"}
+        device = "cuda" if (cuda := torch.cuda.is_available()) else "cpu"
+        loss_fn = torch.compile(train.plain_loss) if compiled else train.plain_loss
         network = transformer.TransformerLM(transformer.ModelConfig(context_length=context_length, **settings),
-                                            transformer.sdpa_attention)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
+                                            transformer.sdpa_attention).to(device)
+        peak, low_share, warm_share, init = (given["lr_scheduler"][name] for name in BOTH["lr_scheduler"])
         groups = [{"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
                   {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        peak, low_share, warm_share, init = (given["lr_scheduler"][name] for name in BOTH["lr_scheduler"])
-        if "betas" in given:
-            optimizer = optim.AdamW(groups, peak, tuple(given["betas"]), given["eps"], fused="foreach")
-        else:
+        if "momentum" in given:
             optimizer = torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
-        steps = max(1, round(config["total_train_tokens"] / (batch * context_length)))
+        else:
+            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"], fused="triton" if cuda else "foreach")
+        if root := given.get("eps_root"):                                # added to v below
+            for p in network.parameters():
+                optimizer.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        how = train.TrainConfig(batch_size=config["train_batch_size"], context_length=context_length,
+                                clip_norm=given["grad_clip_norm"] or math.inf,
+                                precision="autocast" if shape["dtype"] == "bfloat16" else "fp32")
+        steps = max(1, round(config["total_train_tokens"] / how.batch_size / context_length))
         warmup, low = round(warm_share * steps), peak * low_share
-
-        def schedule(step: int) -> float:                                # linear up to the peak, half a cosine down
-            if step < warmup:
-                return init + (peak - init) * (step + 1) / warmup
-            return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
-
-        def log(line: str) -> None:                                      # sends even nothing new: is the server there?
-            losses.extend(map(float, re.findall(r"valid (\S+) nats", line)))
-            pipe.send(("losses", losses))
-        data = (train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
-                for split in ("train", "valid"))
-        result = train.train(network, optimizer, *data, train.TrainConfig(
-            steps=steps, batch_size=batch, context_length=context_length, seed=config["model_seed"], log_every=50,
-            clip_norm=given["grad_clip_norm"] or math.inf, eval_every=-(-steps // config["n_evals"]), eval_windows=512,
-            checkpoint_every=0, precision="autocast" if shape["dtype"] == "bfloat16" else "fp32"),
-            schedule=schedule, log=log)
-        pipe.send(("done", losses[:-1] + [result["valid_loss"]]))
+        ids = {split: train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
+               for split in ("train", "valid")}
+        starts = train.evaluation_starts(ids["valid"], context_length, 512)
+        generator = torch.Generator().manual_seed(config["model_seed"])
+        for step in range(steps):
+            rate = low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = init + (peak - init) * (step + 1) / warmup if step < warmup else rate
+            for state in optimizer.state.values() if root else ():       # v is then the average of gradient^2 + root
+                state["exp_avg_sq"] += root * (1 / given["betas"][1] - 1)
+            batch = train.get_batch(ids["train"], how.batch_size, context_length, device, generator)
+            loss, _ = train.training_step(network, optimizer, [batch], loss_fn,
+                                          torch.nn.utils.clip_grad_norm_, how)
+            if due := (step + 1) * evals // steps > step * evals // steps:
+                losses.append(train.evaluate(network, train.plain_loss, ids["valid"], starts, context_length,
+                                             config["val_batch_size"], how.precision))
+            if due or step % 50 == 0:
+                if not all(map(math.isfinite, [*losses, loss.item()])):
+                    raise ValueError(f"the loss at step {step + 1} is not finite; lower the learning rate")
+                pipe.send(("running", losses))                           # even nothing new: is the server there?
+        pipe.send(("done", losses))
     except BrokenPipeError:                                              # the server is gone
         pass
     except Exception as error:
         pipe.send(("failed", str(error) or repr(error)))
 
 
-# ----------------------------------------------------------------------------------- 5. the store, and the HTTP server
+# ------------------------------------------------------------------------------------------------- 5. the HTTP server
 
-class Store:
-    """Every run ever accepted, what it cost and its status, in one sqlite file, written before it is answered.
+class Server(ThreadingHTTPServer):
+    """Both protocols at one address, over every run ever accepted; it answers from the moment it is made.
 
-    Each protocol (2025, 2026) has its budget, in FLOPs or seconds, for every API key. A 2026 run costs its
-    max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs nothing and may be asked again.
+    A run is a dict of protocol (2025, 2026), key, backend, config, asked, cost and status, and is in the sqlite file
+    before it is answered: the server can be killed at any time, and what was left undone starts again with the next.
+    Each protocol has its budget, in FLOPs or seconds, for every API key. A 2026 run costs its max_runtime_seconds until
+    it has ended, then its seconds. A failed 2025 run costs nothing and may be asked again. Port 0 takes a free one.
     """
+    request_queue_size = 128
 
-    def __init__(self, path: str | Path, backend, workers: int = 1, flops: float = 2e18, seconds: float = 43200.0):
-        self.backend, self.budgets, self.running, self.open = backend, {2025: flops, 2026: seconds}, {}, True
-        self.lock, self.pool = threading.RLock(), ThreadPoolExecutor(workers)
+    def __init__(self, path, backend, *, keys=("local",), ranges=COURSE, seed: int = 0, port: int = 0, workers: int = 1,
+                 flops: float = 2e18, seconds: float = 43200.0):
+        self.backend, self.keys, self.ranges, self.seed = backend, keys, ranges, seed
+        self.budgets, self.lock, self.pool = {2025: flops, 2026: seconds}, threading.RLock(), ThreadPoolExecutor(workers)
         try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
             self.db = sqlite3.connect(path, check_same_thread=False, timeout=0.5)
-            self.db.executescript("""
-                PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
-                CREATE TABLE IF NOT EXISTS finals (key TEXT PRIMARY KEY, body TEXT);
-                CREATE TABLE IF NOT EXISTS runs (protocol INT, key TEXT, backend TEXT, config TEXT, id TEXT, asked TEXT,
-                    cost REAL, status TEXT, UNIQUE (protocol, key, backend, config))""")
-        except (sqlite3.Error, OSError) as error:
-            raise ValueError(f"cannot use {path} ({error}); stop the other server on it or give --out") from None
-        for run, status in self.sql("SELECT id, status FROM runs WHERE backend = ? ORDER BY rowid", backend.name):
-            if json.loads(status)["status"] in ("queued", "running"):    # left undone by a server that was killed
-                self.running[run] = self.pool.submit(self.work, run)
+            self.db.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+                                  "CREATE TABLE IF NOT EXISTS records (id TEXT PRIMARY KEY, record TEXT)")
+            rows = self.db.execute("SELECT id, record FROM records ORDER BY rowid").fetchall()
+            super().__init__(("127.0.0.1", port), Handler)
+        except (sqlite3.Error, OSError, OverflowError) as error:
+            raise ValueError(f"cannot use {path} and port {port} ({error}); stop the other server, or give another "
+                             "--out or --port") from None
+        self.records = {run: json.loads(record) for run, record in rows}
+        self.ended = {run: self.pool.submit(self.work, run) for run, record in list(self.records.items())
+                      if record.get("backend") == backend.name and record["status"]["status"] in ("queued", "running")}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
-    def sql(self, text: str, *values) -> list[tuple]:
-        """One statement, one transaction."""
+    def keep(self, name: str, record: dict) -> None:
+        """Writes a run, or a key's final submission, to the disk."""
+        with self.lock, self.db:
+            self.db.execute("INSERT INTO records VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
+                            (name, json.dumps(record)))
+            self.records[name] = record
+
+    def runs(self, protocol: int, key: str) -> dict[str, dict]:
+        """Those of one protocol and key, by id, the oldest first."""
         with self.lock:
-            if not self.open:
-                raise Refused(503, "the server is stopping; the run is kept, ask again when it is back")
-            with self.db:
-                return self.db.execute(text, values).fetchall()
+            return {run: record for run, record in self.records.items()
+                    if (record["protocol"], record["key"]) == (protocol, key)}
 
     def used(self, protocol: int, key: str) -> float:
         """FLOPs (2025) or seconds (2026) that the key's runs cost."""
-        return self.sql("SELECT TOTAL(cost) FROM runs WHERE protocol = ? AND key = ?", protocol, key)[0][0]
+        return sum(record["cost"] for record in self.runs(protocol, key).values())
 
     def add(self, protocol: int, key: str, config: dict, asked: dict, cost: float) -> str:
         """The run's id, queued if new. Raises: Refused past the budget and, in 2026, for a config given before."""
-        same = protocol, key, self.backend.name, json.dumps(config, sort_keys=True)
         with self.lock:                                                  # held from the look to the charge
-            known = self.sql("SELECT id, status FROM runs WHERE (protocol, key, backend, config) = (?, ?, ?, ?)", *same)
-            if known and protocol == 2025 and json.loads(known[0][1])["status"] != "failed":
-                return known[0][0]
-            left, run = self.budgets[protocol] - self.used(protocol, key), os.urandom(16).hex()
-            if cost > left:
+            known = [run for run, record in self.runs(protocol, key).items()
+                     if (record["backend"], record["config"]) == (self.backend.name, config)]
+            if known and protocol == 2025 and self.records[known[0]]["status"]["status"] != "failed":
+                return known[0]
+            if cost > (left := self.budgets[protocol] - self.used(protocol, key)):
                 raise Refused(403 if protocol == 2025 else 400, f"insufficient budget: the run asks for {cost:g}, "
                               f"{left:g} of {self.budgets[protocol]:g} are left")
             if known and protocol == 2026:
-                raise Refused(409, f"the same config was submitted before, as experiment {known[0][0]}")
-            self.sql("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *same, run, json.dumps(asked), cost,
-                     json.dumps({"type": "queued", "status": "queued"}))
-            self.running[run] = self.pool.submit(self.work, run)
+                raise Refused(409, f"the same config was submitted before, as experiment {known[0]}")
+            run = known[0] if known else os.urandom(16).hex()
+            self.keep(run, {"protocol": protocol, "key": key, "backend": self.backend.name, "config": config,
+                            "asked": asked, "cost": cost, "status": {"type": "queued", "status": "queued"}})
+            self.ended[run] = self.pool.submit(self.work, run)
             return run
 
     def work(self, run: str) -> None:
         """In a worker thread: has the backend run it, and writes down what came of it and what it cost."""
-        def write(status: str, **more) -> None:                          # clients read its kind as either
-            text = json.dumps({"type": status, "status": status} | more)
-            self.sql("UPDATE runs SET status = ?, cost = ? WHERE id = ?", text, cost, run)
-        (protocol, text, cost), = self.sql("SELECT protocol, config, cost FROM runs WHERE id = ?", run)
-        config, began = json.loads(text), time.perf_counter()
-        write("running", val_losses=[])
+        record, began = self.records[run], time.perf_counter()
+        limit, by_seconds = record["config"]["max_runtime_seconds"], record["protocol"] == 2026
+
+        def note(status: str, cost: float = record["cost"], **more) -> None:       # clients read its kind as either
+            self.keep(run, record | {"cost": cost, "status": {"type": status, "status": status} | more})
+        note("running", val_losses=[])
         try:
-            losses, seconds = self.backend.run(config, lambda so_far: write("running", val_losses=so_far))
-            reason = "" if all(map(math.isfinite, losses)) else "the loss is not finite; lower the learning rate"
+            losses, seconds = self.backend.run(record["config"], lambda losses: note("running", val_losses=losses))
         except ValueError as error:
-            seconds, reason = time.perf_counter() - began, str(error)
-        cost = min(seconds, config["max_runtime_seconds"]) if protocol == 2026 else 0.0 if reason else cost
-        if reason:
-            return write("failed", reason=reason)
-        ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        write("completed", used_runtime_seconds=seconds, val_losses=losses, completed_at=ended)
-
-    def wait(self, run: str) -> dict:
-        """The run's status, once it has ended."""
-        if run in self.running:
-            self.running[run].result()
-        return json.loads(self.sql("SELECT status FROM runs WHERE id = ?", run)[0][0])
-
-    def close(self) -> None:
-        """Runs in progress are dropped, and start again with the next server."""
-        with self.lock:
-            self.open = False
-            self.db.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            process.kill()
-
-
-class Server(ThreadingHTTPServer):
-    """Both protocols at one address, answering in threads from the moment it is made. Port 0 takes a free one."""
-    daemon_threads, request_queue_size = True, 128
-
-    def __init__(self, store: Store, keys=("local",), ranges=COURSE, seed: int = 0, port: int = 0):
-        self.store, self.keys, self.ranges, self.seed = store, keys, ranges, seed
-        try:
-            super().__init__(("127.0.0.1", port), Handler)
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"cannot listen on port {port} ({error}); give another --port") from None
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
+            return note("failed", min(limit, time.perf_counter() - began) if by_seconds else 0, reason=str(error))
+        note("completed", min(limit, seconds) if by_seconds else record["cost"], used_runtime_seconds=seconds,
+             val_losses=losses, completed_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def handle_error(self, request, client_address) -> None:
-        if not isinstance(error := sys.exc_info()[1], OSError):          # a caller who hangs up is no news
+        """One line for an error of ours; none for a caller who hung up."""
+        if not isinstance(error := sys.exc_info()[1], OSError):
             print(f"scaling.py: {error!r}", file=sys.stderr)
 
-    def stop(self) -> None:
-        """Stops answering, and closes the store."""
-        self.shutdown()
-        self.server_close()
-        self.store.close()
+
+QUERIES = "loss", "total_flops_used", "previous_runs"                    # the 2025 protocol
+VERBS = dict.fromkeys((*QUERIES, "budget", "experiments", "experiment"), ["GET"]) | {
+    "submit": ["POST"], "final_submission": ["GET", "POST"]}
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, checks who asks, and answers in JSON; a Refused as its status and a message."""
-    protocol_version, timeout, COURSE_2025 = "HTTP/1.1", 30, ("loss", "total_flops_used", "previous_runs")
-    VERBS = dict.fromkeys((*COURSE_2025, "budget", "experiments", "experiment"), ["GET"]) | {
-        "submit": ["POST"], "final_submission": ["GET", "POST"]}
+    """Answers one request in JSON and hangs up; a Refused becomes its status and a message."""
+    timeout = 30                                                         # seconds that a caller may fall silent
 
-    def respond(self, name: str, key: str, given=None):
-        """The answer to /name. given: the query (2025), the body (POST), or the id (experiment)."""
-        store, backend = self.server.store, self.server.store.backend
+    def respond(self, name: str, key: str, given):
+        """The answer to /name. given: the query (2025), the body (POST), or the id (experiment). Raises: Refused."""
+        server, backend = self.server, self.server.backend
         if name == "loss":
             try:
                 numbers = {parameter: json.loads(text) for parameter, text in given.items()}
             except (ValueError, RecursionError):
                 raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
-            asked = check(numbers, self.server.ranges, "the query", 404)
-            config = from_query(asked, backend, self.server.seed)
-            status = store.wait(store.add(2025, key, config, asked, asked["train_flops"]))
+            asked = check(numbers, server.ranges, "the query", 404)
+            config = from_query(asked, backend, server.seed)
+            run = server.add(2025, key, config, asked, asked["train_flops"])
+            if run in server.ended:
+                server.ended[run].result()
+            status = server.records[run]["status"]
             if status["status"] == "failed":
                 raise Refused(500, f"the run failed and costs nothing: {status['reason']}")
-            N = backend.count_parameters(config["architecture_config"])
-            return {"loss": status["val_losses"][-1], "total_flops_used": store.used(2025, key),
-                    "backend": backend.name, "parameters": N, "tokens": config["total_train_tokens"]}
+            return {"loss": status["val_losses"][-1], "total_flops_used": server.used(2025, key), "backend": backend.name,
+                    "parameters": backend.count_parameters(config["architecture_config"]),
+                    "tokens": config["total_train_tokens"]}
         if name == "total_flops_used":
-            return store.used(2025, key)
-        if name == "budget":
-            used, total = store.used(2026, key), store.budgets[2026]
-            return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
+            return server.used(2025, key)
+        if name == "previous_runs":
+            return {name: [run["asked"] | {"loss": run["status"]["val_losses"][-1], "backend": run["backend"]}
+                           for run in server.runs(2025, key).values() if run["status"]["status"] == "completed"]}
         if name == "submit":
             config = check_training(given)
-            run = store.add(2026, key, config, config, config["max_runtime_seconds"])
-            return {"experiment_id": run, "budget_summary": self.respond("budget", key)}
+            run = server.add(2026, key, config, config, config["max_runtime_seconds"])
+            return {"experiment_id": run, "budget_summary": self.respond("budget", key, None)}
+        if name == "budget":
+            used, total = server.used(2026, key), server.budgets[2026]
+            return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
         if name == "final_submission":
             if self.command == "POST":
-                rule = {"training_config": check_training, "predicted_final_loss": (float, 0, 1e3)}
-                text = json.dumps(check(given, rule, "the body"))
-                store.sql("INSERT OR REPLACE INTO finals VALUES (?, ?)", key, text)
-            for body, in store.sql("SELECT body FROM finals WHERE key = ?", key):
-                return json.loads(body)
-            raise Refused(404, "nothing was submitted yet; POST /final_submission first")
-        rows = [(run, made_by, json.loads(asked), json.loads(status)) for run, made_by, asked, status in store.sql(
-            "SELECT id, backend, asked, status FROM runs WHERE protocol = ? AND key = ? ORDER BY rowid",
-            2025 if name == "previous_runs" else 2026, key)]
-        if name == "previous_runs":
-            return {name: [asked | {"loss": status["val_losses"][-1], "backend": made_by}
-                           for _, made_by, asked, status in rows if status["status"] == "completed"]}
-        answers = [{"experiment_id": run, "training_config": asked, "status": status} for run, _, asked, status in rows]
-        if name == "experiments":
-            return answers
-        for answer in answers:
-            if answer["experiment_id"] == given:
-                return answer
-        raise Refused(404, f"there is no experiment {given[:60]!r}; GET /experiments lists yours")
+                if not isinstance(given, dict) or given.keys() != {"training_config", "predicted_final_loss"}:
+                    raise Refused(422, "the body must have training_config and predicted_final_loss, and nothing else")
+                loss = check(given["predicted_final_loss"], (float, 0, 1e3), "predicted_final_loss")
+                final = {"training_config": check_training(given["training_config"]), "predicted_final_loss": loss}
+                server.keep(f"final {key}", {"protocol": "final", "key": key, "final": final})
+            if f"final {key}" not in server.records:
+                raise Refused(404, "nothing was submitted yet; POST /final_submission first")
+            return server.records[f"final {key}"]["final"]
+        answers = {run: {"experiment_id": run, "training_config": record["asked"], "status": record["status"]}
+                   for run, record in server.runs(2026, key).items()}
+        if name == "experiment" and given not in answers:
+            raise Refused(404, f"there is no experiment {given[:60]!r}; GET /experiments lists yours")
+        return answers[given] if name == "experiment" else list(answers.values())
 
     def route(self):
         """Reads the request and who asks. Returns: the answer. Raises: Refused."""
-        body = self.read_body()                                          # what is left unread would be the next request
         try:
             url = urlsplit(self.path)
             pairs = parse_qsl(url.query, keep_blank_values=True, max_num_fields=32)
         except ValueError as error:
             raise Refused(422, f"the address cannot be read: {error}") from None
         name, *rest = url.path.strip("/").split("/")
-        if name not in self.VERBS or len(rest) != (name == "experiment"):
-            raise Refused(404, f"nothing is at {url.path[:60]}, but at {', '.join('/' + name for name in self.VERBS)}")
-        if self.command not in self.VERBS[name]:
-            raise Refused(405, f"/{name} takes {' and '.join(self.VERBS[name])}, got {self.command}")
-        query, in_query = dict(pairs), name in self.COURSE_2025
+        if name not in VERBS or len(rest) != (name == "experiment"):
+            raise Refused(404, f"nothing is at {url.path[:60]}, but at {', '.join('/' + name for name in VERBS)}")
+        if self.command not in VERBS[name]:
+            raise Refused(405, f"/{name} takes {' and '.join(VERBS[name])}, got {self.command}")
+        query, in_query = dict(pairs), name in QUERIES
         key = query.pop("api_key", None) if in_query else self.headers.get("X-API-Key")
         if key not in self.server.keys or in_query and len(query) + 1 < len(pairs):
             where = "api_key" if in_query else "header X-API-Key"
             raise Refused(422 if in_query else 401, f"{where} must be given once, as one that serve --api-key allows")
-        return self.respond(name, key, query if in_query else rest[0] if rest else body)
+        return self.respond(name, key, self.body() if self.command == "POST" else rest[0] if rest else query)
 
-    def read_body(self):
-        """A POST's JSON, else None. Raises: Refused."""
-        length = self.headers.get("Content-Length", "0")
-        known = "Transfer-Encoding" not in self.headers and re.fullmatch("[0-9]{1,15}", length)
-        if not known or int(length) > 1 << 20:
-            self.close_connection = True
-            for _ in range(min(int(length), 1 << 26) >> 16 if known else 0):       # who still sends does not listen
-                self.rfile.read(1 << 16)
-            raise Refused(413 if known else 411, "the body must tell its Content-Length, of 1 MiB at most")
-        data = self.rfile.read(int(length))
+    def body(self):
+        """A POST's JSON. Raises: Refused."""
+        length = self.headers.get("Content-Length", "")
+        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,15}", length):
+            raise Refused(411, "the body must tell its Content-Length")
+        if int(length) > 1 << 20:
+            raise Refused(413, f"the body must be of 1 MiB at most, got {length} bytes")
         try:
-            return json.loads(data) if self.command == "POST" else None
+            return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
             raise Refused(422, f"the body is not JSON: {str(error)[:100]}") from None
 
-    def send_error(self, code, message=None, explain=None) -> None:
-        while code == 414 and len(self.rfile.readline(1 << 16)) == 1 << 16:        # a line over 64 KiB: to its end
-            pass
-        self.close_connection, self.request_version = True, "HTTP/1.1"
-        self.reply(code, {"message": message or self.responses[code][0]})
-
     def do_GET(self) -> None:
+        """Any request that could be parsed."""
         try:
             self.reply(200, self.route())
         except Refused as refused:
@@ -702,15 +661,27 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
+    def send_error(self, code, message=None, explain=None) -> None:
+        """What http.server itself refuses, in JSON as well."""
+        self.request_version = "HTTP/1.0"                                # else a broken request line gets no headers
+        self.reply(code, {"message": message or self.responses[code][0]})
+
     def reply(self, status: int, body) -> None:
-        data = json.dumps(body).encode()
+        """Sends the body as JSON."""
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("Connection", "close" if self.close_connection else "keep-alive")
-        self.send_header("X-Backend", self.server.store.backend.name)
+        self.send_header("X-Backend", self.server.backend.name)
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(json.dumps(body).encode())
+
+    def finish(self) -> None:
+        """Hangs up, on a caller who still sends a little later: a reset would take the answer away."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            for _ in range(1 << 10):                                     # listens to 64 MiB at most
+                if not self.connection.recv(1 << 16):
+                    break
+        super().finish()
 
     log_message = lambda self, *args: None
 
@@ -729,111 +700,102 @@ def ask(url: str, path: str, **query):
         raise Refused(503, f"no server at {url} ({error}); start one with: python scaling.py serve") from None
 
 
-def load_runs(path: Path) -> list[dict]:
-    """Runs from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell. A torn end is dropped."""
-    runs, lines = [], path.read_text().splitlines() if path.exists() else []
-    for i, line in enumerate(lines, 1):
-        try:
-            run = json.loads(line)
-            usual = {"parameters": 12 * run["num_layers"] * run["d_model"] ** 2}
-            runs.append(usual | run | {"loss": float(run["loss"])})
-        except (ValueError, KeyError, TypeError) as error:
-            if i < len(lines):
-                raise ValueError(f"{path}, line {i} is no run ({error!r}); remove it") from None
-    return runs
-
-
 def plan(args, budgets: list[float], widths: list[int]) -> list[dict]:
-    """The queries of a sweep: for each budget --window of the widths, moving up with the budget; rate ~ 1 / width."""
+    """The queries of a sweep: for each budget --window of the widths, moving up with the budget.
+
+    The rate goes as 1 / width, and as D^-0.32 (Bjorck et al.), which along the best sizes is about C^-0.2.
+    """
     queries, slide = [], max(0, len(widths) - args.window) / max(1, len(budgets) - 1)
     for i, budget in enumerate(sorted(budgets)):
         for d in widths[round(i * slide):round(i * slide) + args.window]:
-            rate, heads = float(f"{args.rate * 64 / d:.3g}"), max(2, min(16, d // 32))
-            queries.append(dict(zip(COURSE, (d, args.layers, heads, args.batch_size, rate, int(budget)))))
+            rate = float(f"{args.rate * 64 / d * (budget / min(args.budgets)) ** -0.2:.3g}")
+            queries.append(dict(zip(COURSE, (d, args.layers, max(2, d // 64), args.batch_size, rate, int(budget)))))
     return queries
 
 
 def sweep(args, url: str, out: Path) -> list[dict]:
-    """Asks for every run of the plan that `out` does not hold yet, adding it there as a JSON line. Returns: all.
+    """Asks for every run of the plan, and writes each answer to `out` as a JSON line. Returns: them all.
 
-    Raises: ValueError, before anything is spent, when the rest of the plan costs more than is left of the budget.
+    The server remembers: asked again after an interruption, only what is missing is trained and charged.
+    Raises: ValueError, before anything is spent, when what is missing costs more than is left of the budget.
     """
-    queries, identity = plan(args, args.budgets, args.widths), lambda run: tuple(run.get(name) for name in COURSE)
-    done = {identity(run): run for run in load_runs(out)}
-    todo = [query for query in reversed(queries) if identity(query) not in done]   # the long ones first
-    cost, used = sum(query["train_flops"] for query in todo), ask(url, "total_flops_used", api_key=args.api_key[0])
-    print(f"{len(queries)} runs, {len(todo)} to do for {cost:.3g} FLOPs; {used:.3g} of {args.flop_budget:.3g} are used")
-    if cost > args.flop_budget - used:
+    queries, key = plan(args, args.budgets, args.widths)[::-1], args.api_key[0]    # the long ones first
+    known = [{name: run.get(name) for name in COURSE} for run in ask(url, "previous_runs", api_key=key)["previous_runs"]]
+    cost = sum(query["train_flops"] for query in queries if query not in known)
+    left = args.flop_budget - ask(url, "total_flops_used", api_key=key)
+    print(f"{len(queries)} runs, {sum(query not in known for query in queries)} to do for {cost:.3g} FLOPs; {left:.3g} of "
+          f"{args.flop_budget:.3g} are left")
+    if cost > left:
         raise ValueError("the plan costs more than is left; drop budgets or widths")
     if args.dry_run:
-        print(*(" ".join(f"{name} {value:g} " for name, value in query.items()) for query in todo), sep="\n")
+        print(*(" ".join(f"{name} {value:g} " for name, value in query.items()) for query in queries), sep="\n")
         return []
     out.parent.mkdir(parents=True, exist_ok=True)
-    (part := out.with_name(out.name + ".part")).write_text("".join(json.dumps(run) + "\n" for run in done.values()))
-    os.replace(part, out)                                                # whole lines alone
-    began, spent = time.perf_counter(), 0
-    with ThreadPoolExecutor(args.workers) as pool, open(out, "a") as file:
-        answers = [pool.submit(ask, url, "loss", **query, api_key=args.api_key[0]) for query in todo]
-        for count, (query, answer) in enumerate(zip(todo, answers), 1):
-            try:
-                answer = answer.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)                       # what was not asked yet is not asked
-                raise
-            print(json.dumps(query | answer), file=file, flush=True)
-            spent += query["train_flops"]
-            left = (time.perf_counter() - began) * (cost / spent - 1)
-            print(f"run {count}/{len(todo)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | rate "
-                  f"{query['learning_rate']:g} | loss {answer['loss']:.4f} | {answer.get('backend')} | "
-                  f"eta {left // 60:.0f}m{left % 60:02.0f}s", flush=True)
-    return [run for run in load_runs(out) if identity(run) in set(map(identity, queries))]
+    began, spent, runs = time.perf_counter(), 0, []
+    with ThreadPoolExecutor(args.workers) as pool, open(out, "w") as file:
+        answers = [pool.submit(ask, url, "loss", **query, api_key=key) for query in queries]
+        try:
+            for query, answer in zip(queries, answers):
+                runs.append(query | answer.result())
+                print(json.dumps(runs[-1]), file=file, flush=True)
+                spent += query["train_flops"] * (query not in known)
+                eta = max(0, (time.perf_counter() - began) * (cost / max(spent, 1) - 1))
+                print(f"run {len(runs)}/{len(queries)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | "
+                      f"rate {query['learning_rate']:g} | loss {runs[-1]['loss']:.4f} | {runs[-1].get('backend')} | "
+                      f"eta {eta // 60:.0f}m{eta % 60:02.0f}s", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)                           # after an error, ask for nothing more
+    return runs
+
+
+def load_runs(path: Path) -> list[dict]:
+    """Runs from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell. Raises: ValueError."""
+    runs = []
+    for i, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            run = json.loads(line)
+            runs.append({"parameters": 12 * run["num_layers"] * run["d_model"] ** 2} | run | {"loss": float(run["loss"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {i} is no run ({error!r}); sweep again") from None
+    return runs
 
 
 def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
     """The server that the command line asks for, already answering."""
-    tokens = args.tokens or Path("out/scaling/tokens")
-    if args.backend == "train" and not args.tokens and not (tokens / "valid.npy").exists():
-        import bpe                                                       # this Python's library, in a small vocabulary
-        import train
-        train.gather_corpus(tokens)
-        tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, [train.END_OF_TEXT]), [train.END_OF_TEXT])
-        for split in ("train", "valid"):
-            bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
-    backend = LawBackend() if args.backend == "law" else TrainBackend(tokens, args.context_length, args.threads)
-    store = Store(folder / "store.sqlite", backend, args.workers, args.flop_budget, args.second_budget)
-    return Server(store, args.api_key, ranges, args.seed, port)
+    tokens, backend = args.tokens or Path("out/scaling/tokens"), LawBackend()
+    if args.backend == "train":
+        if not args.tokens and not (tokens / "valid.npy").exists():      # this Python's library, in a small vocabulary
+            import bpe
+            import train
+            train.gather_corpus(tokens)
+            end = [train.END_OF_TEXT]
+            tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, end), end)
+            for split in ("train", "valid"):
+                bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
+        backend = TrainBackend(tokens, args.context_length, args.dtype, args.compile)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Server(folder / "store.sqlite", backend, keys=args.api_key, ranges=ranges, seed=args.seed, port=port,
+                  workers=args.workers, flops=args.flop_budget, seconds=args.second_budget)
 
 
 def run(args) -> int:
-    """The main job: sweep, fit, predict 8 times the largest budget, train that, compare. Returns: 0 when within 3%.
-
-    The prediction is the geometric mean of two: a power law, which knows no floor, and the parametric law, whose floor
-    E so small a sweep hardly determines. On seeds 0, 1, 2 the mean was off by -1.0%, +3.3%, +1.5% (power law -4.1%,
-    +1.4%, -0.3%; parametric +2.2%, +5.3%, +3.3%). It was chosen after seeing these three: the bar is missed on one.
-    """
+    """The main job: sweep, fit, predict 8 times the largest budget, train that. Returns: 0 when --within the bar."""
     began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
     server = make_server(args, HOME, folder, 0)
-    try:
-        fits = compare(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
-        wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
-        backend = server.store.backend
-        size = lambda query: backend.count_parameters(from_query(query, backend, 0)["architecture_config"])
-        query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(size(query) - wanted))
-        floored = float(fits["parametric"](size(query), C / (6 * size(query))))
-        endless = float(fit_power_law(fits["parabola"].C, fits["parabola"].loss)(C))
-        predicted = math.sqrt(floored * endless)
-        print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model "
-              f"{query['d_model']} has {size(query)}, and will reach {predicted:.4f}, midway between {endless:.4f} "
-              f"(power law of the vertices) and {floored:.4f} (parametric). Training it", flush=True)
-        reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
-    finally:
-        server.stop()
+    fits = compare(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
+    wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
+    size = lambda query: server.backend.count_parameters(from_query(query, server.backend, 0)["architecture_config"])
+    query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(size(query) - wanted))
+    predicted = float(fits["parametric"](size(query), C / (6 * size(query))))
+    print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model {query['d_model']} "
+          f"has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
+    reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
     error, seconds = predicted / reached - 1, time.perf_counter() - began
-    verdict = "OK" if abs(error) <= 0.03 else "MISSED"
-    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar 3%: {verdict}")
+    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar {args.within:.0%}: "
+          f"{'OK' if abs(error) <= args.within else 'MISSED'}")
     print("RESULT", json.dumps({"seed": args.seed, "backend": args.backend, "predicted": round(predicted, 4),
                                 "reached": round(reached, 4), "error": round(error, 4), "seconds": round(seconds)}))
-    return 0 if abs(error) <= 0.03 else 1
+    return 0 if abs(error) <= args.within else 1
 
 
 # --------------------------------------------------------------------------------------- 7. check, bench, command line
@@ -843,18 +805,17 @@ def self_check() -> str:
     N, C, loss = chinchilla_runs()
     worst = np.abs(np.divide(fit_parametric(N, C / (6 * N), loss)[:5], CHINCHILLA[:5]) - 1).max()
     assert worst < 1e-6, f"the noise-free fit is off by {worst:.1e}"     # exact data leave only rounding
-    server = Server(Store(":memory:", LawBackend(), flops=6e13))
+    server = Server(":memory:", LawBackend(), flops=6e13)
     query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 6 * 10 ** 13)), api_key="local")
     first, again = ask(server.url, "loss", **query), ask(server.url, "loss", **query)
     assert first == again and again["total_flops_used"] == 6e13, "a repeated query was charged"
-    server.stop()
     return f"five constants recovered to {worst:.0e}, a repeated query is free  OK"
 
 
 def bench(repeats: int = 7) -> None:
     """Median milliseconds of the parametric fit and of a request."""
     N, C, loss = chinchilla_runs(0, 0.01)
-    server, rates = Server(Store(":memory:", LawBackend(), flops=1e30)), iter(np.linspace(1e-4, 1e-3, 99).tolist())
+    server, rates = Server(":memory:", LawBackend(), flops=1e30), iter(np.linspace(1e-4, 1e-3, 99).tolist())
     query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 10 ** 13)), api_key="local")
     for name, f in (("fit_parametric, 35 runs, 4,500 starts", lambda: fit_parametric(N, C / (6 * N), loss)),
                     ("the same and 200 resamples", lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
@@ -862,13 +823,13 @@ def bench(repeats: int = 7) -> None:
                     ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"learning_rate": next(rates)}))):
         times = sorted(timeit.repeat(f, number=1, repeat=repeats + 1)[1:])         # the first warms up
         print(f"{name:40s}{times[repeats // 2] * 1e3:9.2f} ms  (min {times[0] * 1e3:.2f}, max {times[-1] * 1e3:.2f})")
-    server.stop()
 
 
 def main() -> int:
+    """The command line. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = ["explain", "serve", "query", "sweep", "fit", "run", "bench"]
-    parser.add_argument("command", nargs="?", default="explain", help="default: explain", choices=commands)
+    parser.add_argument("command", nargs="?", default="explain", help="default: explain",
+                        choices=["explain", "serve", "query", "sweep", "fit", "run", "bench"])
     parser.add_argument("pairs", nargs="*", metavar="name=value", help="query: what to ask /loss for")
     numbers, whole = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (float, int))
     for flag, kind, default, text in (
@@ -876,30 +837,28 @@ def main() -> int:
             ("--port", int, 8000, "serve"), ("--ranges", ("course", "home"), "course", "serve: home for small models"),
             ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit)"),
             ("--flop-budget", float, 2e18, "2025, of a key"), ("--second-budget", float, 43200.0, "2026, of a key"),
-            ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 128, "train: tokens"),
+            ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 32, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
-            ("--workers", int, 2, "runs at a time"), ("--threads", int, 1, "train: of a run"),
-            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"),
+            ("--workers", int, 2, "runs at a time"), ("--dtype", ("float32", "bfloat16"), "float32", "train: of /loss"),
+            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"), ("--within", float, 0.03, "run: the bar"),
             ("--widths", whole, [12, 16, 20, 24, 32, 40, 48, 56], "d_model"), ("--layers", int, 2, "num_layers"),
             ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 8, "sequences"),
-            ("--rate", float, 0.01, "learning rate at width 64; it goes as 1 / width")):
+            ("--rate", float, 0.01, "learning rate at width 64 and the smallest budget")):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
+    parser.add_argument("--compile", action="store_true", help="train: with torch.compile, for a GPU")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
     args = parser.parse_intermixed_args()
+    warnings.showwarning = lambda message, *where: print(f"note: {message}")
     try:
         if args.command == "explain":
             walk_through(args.seed)
             print("\n" + self_check())
         elif args.command == "serve":
-            ranges = {"course": COURSE, "home": HOME}[args.ranges]
-            server = make_server(args, ranges, args.out, args.port)
+            server = make_server(args, {"course": COURSE, "home": HOME}[args.ranges], args.out, args.port)
             print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
-            try:
-                threading.Event().wait()
-            finally:
-                server.stop()
+            threading.Event().wait()
         elif args.command == "query":
             pairs = dict(pair.partition("=")[::2] for pair in args.pairs)
             print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0], **pairs)))
@@ -907,8 +866,10 @@ def main() -> int:
             sweep(args, args.url, args.out / "runs.jsonl")
         elif args.command == "fit":
             compare(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
+        elif args.command == "bench":
+            bench()
         else:
-            return run(args) if args.command == "run" else bench() or 0
+            return run(args)
     except (Refused, ValueError, OSError, ImportError) as error:
         print(f"scaling.py: {error.args[-1] if isinstance(error, Refused) else error}", file=sys.stderr)
         return 2
@@ -918,4 +879,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)                                                     # a run that nobody awaits is not waited for
