@@ -1,8 +1,8 @@
 """FlashAttention: the PyTorch and the Triton version against known answers, float64, torch's own attention, and misuse.
 
 On a CPU the Triton kernels run in Triton's interpreter (conftest.py turns it on), on a GPU natively.
-Tolerances: float32 rounding of sums of a hundred terms gives 2e-7 to 1e-6 relative, a wrong mask, scale or rescale at least
-1e-2; float16 and bfloat16 round P, dS and the outputs to 11 and 8 bits: 2^-11 = 5e-4 and 2^-8 = 4e-3 each.
+Tolerances: float32 rounding of sums of a hundred terms gives 2e-7 to 1e-6 relative, a wrong mask, scale or rescale at
+least 1e-2; float16 and bfloat16 round P, dS and the outputs to 11 and 8 bits: 2^-11 = 5e-4 and 2^-8 = 4e-3 each.
 """
 import json
 import math
@@ -124,7 +124,8 @@ def test_half_precision(attention):
 def test_large_scores(attention):
     """Scores of several hundred: exp of them overflows float32 unless the running maximum is taken out first."""
     q, k, v, do = tensors((1, 40, 16), (1, 40, 16))
-    check(attention, q * 20, k * 10, v, do, True, limit=1e-4)       # scores near 500 carry rounding of 500 * 2^-24 = 3e-5
+    # scores near 500 carry rounding of 500 * 2^-24 = 3e-5
+    check(attention, q * 20, k * 10, v, do, True, limit=1e-4)
 
 
 @pytest.mark.parametrize("attention", VERSIONS)
@@ -145,7 +146,7 @@ def test_strided_inputs(attention):
 @needs_triton
 @pytest.mark.parametrize("K", [24, 18])                             # by descriptors, by pointers
 def test_every_element_and_no_other_is_written(monkeypatch, K):
-    """Outputs start as NaN inside a larger block of NaN: what a kernel forgets shows, and so does what it writes outside."""
+    """Outputs start as NaN in a larger block of NaN: what is forgotten shows, and what is written outside."""
     blocks = []
 
     def poisoned(x, **kwargs):
@@ -183,7 +184,7 @@ def test_gradcheck():
 
 @needs_triton
 def test_operator():
-    """flash_attention is a registered operator: right schema, fake tensors, autograd, and torch.compile in one graph."""
+    """flash_attention is a registered operator: right schema, fake tensors, autograd, torch.compile in one graph."""
     q, k, v, _ = (x.requires_grad_() for x in tensors((1, 4, 33, 16), (1, 2, 33, 16)))
     torch.library.opcheck(flash.flash_forward, (q, k, v, True),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
@@ -197,7 +198,7 @@ def test_operator():
 
 @needs_triton
 def test_tensors_without_numbers():
-    """Forward and backward of fake tensors, outside torch.compile's own tracing: torch 2.11 traces the backward pass so."""
+    """Forward and backward of fake tensors, outside torch.compile's own tracing: torch 2.11 traces backward so."""
     with torch._subclasses.FakeTensorMode():
         q, k, v = (torch.empty(1, heads, 33, 16, requires_grad=True) for heads in (4, 2, 2))
         for attention in (flash_attention, FlashAttentionTriton.apply):
@@ -249,7 +250,8 @@ def test_no_silent_fallback():
     code = ("import torch, flash_attn_triton as f\nx = torch.randn(1, 1, 8, 16)\n"
             "try: f.flash_attention(x, x, x)\nexcept ValueError as error: print(error)")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, env=environment, capture_output=True,
+                          text=True)
     assert "need a CUDA GPU" in done.stdout and "TRITON_INTERPRET=1" in done.stdout, done.stdout + done.stderr
 
 
@@ -273,7 +275,8 @@ def test_as_accurate_as_torch(dtype, q_shape, kv_shape):
         if q_shape[-2] == 1 and is_causal:
             continue                                                # dQ = dK = 0
         ours = errors(FlashAttentionTriton.apply, q, k, v, do, is_causal)
-        theirs = errors(lambda q, k, v, c: sdpa(q, k, v, is_causal=c, enable_gqa=q.shape[1] != k.shape[1]), q, k, v, do, is_causal)
+        theirs = errors(lambda q, k, v, c: sdpa(q, k, v, is_causal=c, enable_gqa=q.shape[1] != k.shape[1]), q, k, v,
+                        do, is_causal)
         assert all(ours[x] <= 2 * theirs[x] + 1e-7 for x in ours), (ours, theirs)
 
 
@@ -301,6 +304,7 @@ def test_more_than_2_31_elements():
     k, v = (torch.randn(B, 1, 256, K, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = flash_attention(q, k, v, False)
     assert torch.equal(out[-1:], flash_attention(q[-1:].clone(), k[-1:].clone(), v[-1:].clone(), False))
-    strided = torch.empty(B, 1, T, K + 4, device="cuda", dtype=torch.bfloat16)[..., :K].copy_(q)    # rows TMA cannot take
+    # rows TMA cannot take
+    strided = torch.empty(B, 1, T, K + 4, device="cuda", dtype=torch.bfloat16)[..., :K].copy_(q)
     assert torch.equal(flash_attention(strided[-1:], k[-1:], v[-1:], False)[:, :, -256:],
                        flash_attention(strided, k, v, False)[-1:, :, -256:])

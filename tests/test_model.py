@@ -1,4 +1,5 @@
-"""model.py against torch.nn.functional, numpy, hand-worked numbers, and checkpoints and answers made by transformers."""
+"""model.py against torch.nn.functional, numpy, hand-worked numbers, and checkpoints and answers made by
+transformers."""
 import copy
 import json
 import math
@@ -24,7 +25,8 @@ FIXTURES = ROOT / "tests/fixtures"
 ANSWERS = json.loads((FIXTURES / "model_answers.json").read_text())
 KINDS = ["llama", "llama31", "qwen2", "qwen3"]
 TINY = ModelConfig(vocab_size=37, context_length=24, d_model=24, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=40)
-VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"positions": "none"}, {"ffn": "silu", "d_ff": None}, {"qk_norm": True},
+VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"positions": "none"}, {"ffn": "silu", "d_ff": None},
+            {"qk_norm": True},
             {"qkv_bias": True}, {"tie_embeddings": True}, {"head_dim": 10}, {"num_kv_heads": 1}, {"num_kv_heads": 4},
             {"rope_layout": "half"}]
 
@@ -154,7 +156,8 @@ def test_attention():
     q.requires_grad_()
     M.scaled_dot_product_attention(q, k, v, mask).sum().backward()
     assert torch.isfinite(q.grad).all() and (q.grad[0, 1, 2] == 0).all()
-    close(M.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]), F.scaled_dot_product_attention(q, k, v)[0, 0], 1e-6)
+    close(M.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0]), F.scaled_dot_product_attention(q, k, v)[0, 0],
+          1e-6)
     peaked = M.scaled_dot_product_attention(q * 1e4, k, v, mask)
     assert torch.isfinite(peaked).all()
 
@@ -186,7 +189,8 @@ def test_attention_sees_only_positions_and_only_the_past():
     layer = M.CausalSelfAttention(24, 4, rope=rope)
     x = rand(2, 9, 24)
     close(layer(x), layer(x, torch.arange(9)), 0)
-    close(layer(x), layer(x, torch.arange(9).expand(2, 9) + 20), 2e-5)   # only distances matter (angles of 29 rad in fp32)
+    # only distances matter (angles of 29 rad in fp32)
+    close(layer(x), layer(x, torch.arange(9).expand(2, 9) + 20), 2e-5)
     y = x.clone()
     y[:, 5:] += 1
     close(layer(x)[:, :5], layer(y)[:, :5], 0)
@@ -211,7 +215,8 @@ def test_block_by_hand():
 def test_state_dict_names():
     names = set(small().state_dict())
     block = {f"layers.{i}.{n}.weight" for i in range(2) for n in
-             ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ln1", "ln2", "ffn.w1", "ffn.w2", "ffn.w3")}
+             ("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.output_proj", "ln1", "ln2", "ffn.w1", "ffn.w2",
+              "ffn.w3")}
     assert names == block | {"token_embeddings.weight", "ln_final.weight", "lm_head.weight"}
     assert "layers.0.ffn.w3.weight" not in small(ffn="silu").state_dict()
 
@@ -272,7 +277,8 @@ def test_accounting():
     assert flops["attention scores and sums"] == 4 * 1024 ** 2 * 1600 * 48
     assert flops["feed-forward"] == 6 * 1024 * 1600 * 6400 * 48
     assert flops["lm head"] == 2 * 1024 * 1600 * 50257
-    assert flops["total"] == sum(v for k, v in flops.items() if k != "total") and round(flops["total"] / 1e12, 2) == 4.51
+    assert flops["total"] == sum(v for k, v in flops.items() if k != "total")
+    assert round(flops["total"] / 1e12, 2) == 4.51
     for changes in VARIANTS:                                           # torch counts the products as they happen
         config = replace(TINY, **changes)
         with FlopCounterMode(display=False) as counter:
@@ -293,7 +299,8 @@ def test_memory_is_what_autograd_keeps():
         M.cross_entropy(model(token_ids(2, 128)), token_ids(2, 128, seed=1))
     measured = sum(size for address, size in kept.items() if address not in weights)
     activations = M.count_memory(config, 2, 128) - 16 * M.count_parameters(config)
-    assert abs(measured / activations - 1) < 0.1                       # 0.99 here; the formula leaves out vectors and ids
+    # 0.99 here; the formula leaves out vectors and ids
+    assert abs(measured / activations - 1) < 0.1
 
 
 # ---------------------------------------------------------------- loss
@@ -327,12 +334,14 @@ def loss_and_gradients(f, hidden, weight):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape,V,chunk", [((1,), 5, None), ((2, 7), 37, 5), ((3, 50), 300, 64), ((2, 5), 16, 1), ((4,), 1000, 100)])
+@pytest.mark.parametrize("shape,V,chunk", [((1,), 5, None), ((2, 7), 37, 5), ((3, 50), 300, 64), ((2, 5), 16, 1),
+                                           ((4,), 1000, 100)])
 def test_linear_cross_entropy(backend, shape, V, chunk):
     hidden, weight, targets = rand(*shape, 12), rand(V, 12, seed=1, scale=3), token_ids(*shape, vocabulary=V)
     want = loss_and_gradients(lambda h, w: F.cross_entropy((h @ w.T).flatten(0, -2), targets.flatten()),
                               hidden.double(), weight.double())
-    got = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend, chunk=chunk), hidden, weight)
+    got = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend, chunk=chunk), hidden,
+                             weight)
     for a, b in zip(got, want):
         assert a.dtype == torch.float32
         # fp32: logits of size 30 are good to 4e-6, and so are probabilities and loss; a missing one-hot is off by 0.1
@@ -343,7 +352,8 @@ def test_linear_cross_entropy(backend, shape, V, chunk):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_wider_than_a_block_whose_peak_comes_late(backend):
-    hidden, weight, targets = torch.tensor([[1.0], [-1.0]]), torch.linspace(0, 20, 9000)[:, None], torch.tensor([8999, 4])
+    hidden, weight = torch.tensor([[1.0], [-1.0]]), torch.linspace(0, 20, 9000)[:, None]
+    targets = torch.tensor([8999, 4])
     want = loss_and_gradients(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double())
     got = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend), hidden, weight)
     for a, b in zip(got, want):
@@ -360,7 +370,8 @@ def test_linear_cross_entropy_in_half_precision(backend, dtype):
     hidden, weight, targets = rand(96, 16).to(dtype), rand(50, 16, seed=1).to(dtype), token_ids(96, vocabulary=50)
     exact = loss_and_gradients(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double())
     plain = loss_and_gradients(lambda h, w: M.cross_entropy(h @ w.T, targets), hidden, weight)
-    ours = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend, chunk=32), hidden, weight)
+    ours = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend=backend, chunk=32), hidden,
+                              weight)
     assert ours[1].dtype == ours[2].dtype == dtype
     for a, p, e in zip(ours, plain, exact):
         assert (a - e).norm() <= 1.5 * (p - e).norm() + 1e-3 * e.norm()
@@ -413,7 +424,8 @@ def test_linear_cross_entropy_under_autocast_keeps_the_sum_in_float32():
 
 def test_linear_cross_entropy_refuses():
     hidden, weight, targets = rand(4, 8), rand(10, 8), token_ids(4, vocabulary=10)
-    for args, kwargs, word in [((hidden, weight, targets[:3]), {}, "fit"), ((hidden, weight[:, :7], targets), {}, "fit"),
+    for args, kwargs, word in [((hidden, weight, targets[:3]), {}, "fit"),
+                               ((hidden, weight[:, :7], targets), {}, "fit"),
                                ((hidden[:0], weight, targets[:0]), {}, "target"),
                                ((hidden, weight, targets), {"backend": "cuda"}, "backend"),
                                ((hidden, weight, targets), {"chunk": 0}, "chunk"),
@@ -478,7 +490,8 @@ def test_context_is_the_end():
     long = list(range(30))
     for use_cache in (True, False):
         got, = M.generate(model, [[1, 2]], max_new_tokens=100, temperature=0, use_cache=use_cache)
-        assert len(got.ids) == 23 and got.finish_reason == "length"    # positions 0..23 were read, the last token was not
+        # positions 0..23 were read, the last token was not
+        assert len(got.ids) == 23 and got.finish_reason == "length"
         got, = M.generate(model, [long], max_new_tokens=4, temperature=0, use_cache=use_cache)
         assert got.prompt_ids == long[-21:] and len(got.ids) == 4
         got, = M.generate(model, [long], max_new_tokens=100, temperature=0, use_cache=use_cache)
@@ -532,7 +545,8 @@ def test_graph_generates_the_same():
                     dict(seed=5, stop_ids=[1, 2]), dict(temperature=0, max_new_tokens=200)):
         eager, graph = (M.generate(model, PROMPTS * 3, num_samples=4, graph=yes, **{"max_new_tokens": 40} | options)
                         for yes in (False, True))
-        if options.get("temperature") == 0:                            # with samples, rows leave the batch at other times
+        # with samples, rows leave the batch at other times
+        if options.get("temperature") == 0:
             assert [g.ids for g in eager] == [g.ids for g in graph]
         for x in graph:
             scores = model(torch.tensor([x.prompt_ids + x.ids[:64 - len(x.prompt_ids)]]).cuda())[0].log_softmax(-1)
@@ -555,7 +569,8 @@ def test_stop_strings():
     for strings in ([string], ["no such thing", string], [string, free[0].text[at:at + 2]]):
         got = M.generate(model, [[1], [2]], max_new_tokens=15, temperature=0, stop_strings=strings, decode=decode)
         assert got[0].text == free[0].text[:at] and got[0].ids == free[0].ids[:at] and got[0].finish_reason == "stop"
-    later = M.generate(model, [[1]], max_new_tokens=15, min_new_tokens=at, temperature=0, stop_strings=[string], decode=decode)
+    later = M.generate(model, [[1]], max_new_tokens=15, min_new_tokens=at, temperature=0, stop_strings=[string],
+                       decode=decode)
     again = free[0].text.find(string, at - 2)                          # complete within the minimum: passed over
     assert later[0].ids == (free[0].ids if again < 0 else free[0].ids[:again + 3])
     # a token that holds the end of the stop string and more, and characters spread over several tokens
@@ -569,7 +584,8 @@ def test_stop_strings():
             assert (sample.text, len(sample.ids), sample.finish_reason) == (text, count, "stop")
 
 
-@pytest.mark.parametrize("case", ANSWERS["filters"]["cases"], ids=lambda c: f"{c['temperature']}-{c['top_k']}-{c['top_p']}")
+@pytest.mark.parametrize("case", ANSWERS["filters"]["cases"],
+                         ids=lambda c: f"{c['temperature']}-{c['top_k']}-{c['top_p']}")
 def test_sampling_filters_keep_what_transformers_keeps(case):
     logits = torch.tensor(ANSWERS["filters"]["logits"])
     want = torch.tensor(case["probabilities"])
@@ -586,11 +602,15 @@ def test_sampling_filters_keep_what_transformers_keeps(case):
 def test_generate_refuses():
     model = small()
     for prompts, options, word in [([[1], []], {}, "empty"), ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
-                                   ([[1]], {"temperature": -1}, "temperature"), ([[1]], {"temperature": math.nan}, "temperature"),
-                                   ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"top_p": 1.1}, "top_p"), ([[1]], {"top_k": -1}, "top_k"),
-                                   ([[1]], {"num_samples": 0}, "num_samples"), ([[1]], {"stop_strings": ["x"]}, "decode"),
+                                   ([[1]], {"temperature": -1}, "temperature"),
+                                   ([[1]], {"temperature": math.nan}, "temperature"),
+                                   ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"top_p": 1.1}, "top_p"),
+                                   ([[1]], {"top_k": -1}, "top_k"),
+                                   ([[1]], {"num_samples": 0}, "num_samples"),
+                                   ([[1]], {"stop_strings": ["x"]}, "decode"),
                                    ([[1]], {"stop_strings": [""], "decode": str}, "empty"), ([[37]], {}, "vocabulary"),
-                                   ([[1]], {"stop_ids": [37]}, "stop_ids"), ([[1]], {"min_new_tokens": -1}, "min_new_tokens")]:
+                                   ([[1]], {"stop_ids": [37]}, "stop_ids"),
+                                   ([[1]], {"min_new_tokens": -1}, "min_new_tokens")]:
         with pytest.raises(ValueError, match=word):
             M.generate(model, prompts, **{"max_new_tokens": 2} | options)
     assert M.generate(model, [], max_new_tokens=2) == []
@@ -623,11 +643,13 @@ def test_written_as_read(kind, tmp_path):
     close(again(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 3]])), 0)
     ours, theirs = (json.loads((f / "config.json").read_text()) for f in (tmp_path, source))
     for name in ("model_type", "architectures", "hidden_size", "rope_parameters", "tie_word_embeddings", "rms_norm_eps",
-                 "num_key_value_heads", "intermediate_size", "vocab_size", "max_position_embeddings", "num_hidden_layers"):
+                 "num_key_value_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
+                 "num_hidden_layers"):
         assert ours[name] == theirs[name], name
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 10}, {"qkv_bias": True}, {"tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 10}, {"qkv_bias": True},
+                                     {"tie_embeddings": True}], ids=str)
 def test_interleaved_models_travel(changes, tmp_path):
     model = small(**changes)
     for p in model.parameters():
@@ -639,7 +661,8 @@ def test_interleaved_models_travel(changes, tmp_path):
     close(loaded(x), model(x), 2e-5)                                   # the same numbers added up in another order
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 10}, {"qkv_bias": True, "tie_embeddings": True}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "head_dim": 10},
+                                     {"qkv_bias": True, "tie_embeddings": True}], ids=str)
 def test_transformers_reads_ours(changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     model, x = small(**changes), token_ids(2, 20)
@@ -649,7 +672,8 @@ def test_transformers_reads_ours(changes, tmp_path):
 
 
 def test_an_old_llama_config(tmp_path):
-    """Before transformers 4.31 and 5: rope_theta beside the rest, no kv heads, no head width, inv_freq among the weights."""
+    """Before transformers 4.31 and 5: rope_theta beside the rest, no kv heads, no head width, inv_freq among the
+    weights."""
     model = small(num_kv_heads=4)
     M.save_hf(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -675,7 +699,8 @@ def test_dtypes_and_shared_weights(tmp_path):
 
 
 def test_safetensors_by_hand(tmp_path):
-    header = b'{"a":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[],"data_offsets":[4,8]}}'
+    header = (b'{"a":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},'
+              b'"b":{"dtype":"F32","shape":[],"data_offsets":[4,8]}}')
     path = tmp_path / "x.safetensors"                                  # the header's length leaves b unaligned
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x01\x00\xff\xff" + np.float32(2.5).tobytes())
     got = M.read_safetensors(path)
@@ -684,13 +709,15 @@ def test_safetensors_by_hand(tmp_path):
         x = torch.tensor([[0, 1, 1]]).to(dtype)
         M.write_safetensors(path, {"x": x, "empty": x[:0], "turned": x.T})
         got = M.read_safetensors(path)
-        assert all(torch.equal(got[n], y) and got[n].dtype == dtype for n, y in [("x", x), ("empty", x[:0]), ("turned", x.T)])
+        assert all(torch.equal(got[n], y) and got[n].dtype == dtype
+                   for n, y in [("x", x), ("empty", x[:0]), ("turned", x.T)])
     safetensors = pytest.importorskip("safetensors.torch")
     assert safetensors.load_file(path)["x"].tolist() == got["x"].tolist()
 
 
 def test_tensors_that_share_bytes(tmp_path):
-    header = b'{"a":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},"b":{"dtype":"I16","shape":[2],"data_offsets":[0,4]}}'
+    header = (b'{"a":{"dtype":"I16","shape":[2],"data_offsets":[0,4]},'
+              b'"b":{"dtype":"I16","shape":[2],"data_offsets":[0,4]}}')
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + b"abcd")
     with pytest.raises(ValueError, match="does not fit"):
         M.read_safetensors(tmp_path / "x")
@@ -706,24 +733,30 @@ def damaged(folder: Path, what: str) -> None:
      "empty": lambda: weights.write_bytes(b""), "seven bytes": lambda: weights.write_bytes(raw[:7]),
      "cut header": lambda: weights.write_bytes(raw[:length // 2]), "cut data": lambda: weights.write_bytes(raw[:-1]),
      "too long": lambda: weights.write_bytes(raw + b"x"), "text": lambda: weights.write_bytes(b"hello, world, " * 50),
-     "zip": lambda: weights.write_bytes(b"PK\x03\x04" + raw), "huge header": lambda: weights.write_bytes(b"\xff" * 8 + raw[8:]),
+     "zip": lambda: weights.write_bytes(b"PK\x03\x04" + raw),
+     "huge header": lambda: weights.write_bytes(b"\xff" * 8 + raw[8:]),
      "not a table": lambda: weights.write_bytes((2).to_bytes(8, "little") + b"[]"),
      "nested": lambda: weights.write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000),
      "dtype": lambda: header(b'"F32"', b'"F99"'), "shape": lambda: header(b"[40,16]", b"[41,16]"),
-     "negative": lambda: header(b"[40,16]", b"[-1,16]"), "overlap": lambda: header(b'"data_offsets":[0,', b'"data_offsets":[4,'),
-     "name": lambda: header(b"model.norm.weight", b"model.morn.weight"), "config not json": lambda: config.write_text("{"),
+     "negative": lambda: header(b"[40,16]", b"[-1,16]"),
+     "overlap": lambda: header(b'"data_offsets":[0,', b'"data_offsets":[4,'),
+     "name": lambda: header(b"model.norm.weight", b"model.morn.weight"),
+     "config not json": lambda: config.write_text("{"),
      "config a list": lambda: config.write_text("[]"), "foreign": lambda: change(model_type="gpt2"),
      "no type": lambda: config.write_text("{}"), "other width": lambda: change(hidden_size=20),
      "odd heads": lambda: change(num_key_value_heads=3), "deeper": lambda: change(num_hidden_layers=3),
      "shallower": lambda: change(num_hidden_layers=1), "gelu": lambda: change(hidden_act="gelu"),
-     "string": lambda: change(hidden_size="sixteen"), "yarn": lambda: change(rope_parameters={"rope_type": "yarn", "factor": 2}),
+     "string": lambda: change(hidden_size="sixteen"),
+     "yarn": lambda: change(rope_parameters={"rope_type": "yarn", "factor": 2}),
      "biases": lambda: change(attention_bias=True), "no vocabulary": lambda: config.write_text(
          json.dumps({k: v for k, v in values.items() if k != "vocab_size"}))}[what]()
 
 
 @pytest.mark.parametrize("what", [
-    "missing weights", "missing config", "empty", "seven bytes", "cut header", "cut data", "too long", "text", "zip", "huge header",
-    "not a table", "nested", "dtype", "shape", "negative", "overlap", "name", "config not json", "config a list", "foreign", "no type",
+    "missing weights", "missing config", "empty", "seven bytes", "cut header", "cut data", "too long", "text", "zip",
+    "huge header",
+    "not a table", "nested", "dtype", "shape", "negative", "overlap", "name", "config not json", "config a list",
+    "foreign", "no type",
     "other width", "odd heads", "deeper", "shallower", "gelu", "string", "yarn", "biases", "no vocabulary"])
 def test_a_damaged_or_foreign_checkpoint_gets_one_clear_line(what, tmp_path):
     shutil.copytree(FIXTURES / "model_llama", tmp_path / "x")
@@ -737,7 +770,8 @@ def test_a_missing_shard_and_a_folder_with_shards(tmp_path):
     folder = tmp_path / "x"
     shutil.copytree(FIXTURES / "model_qwen2", folder)
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    with pytest.raises(ValueError, match="shards"):                    # an old shard beside the new file: two models in one
+    # an old shard beside the new file: two models in one
+    with pytest.raises(ValueError, match="shards"):
         M.save_hf(small(), folder)
     next(folder.glob("model-00002*")).unlink()
     with pytest.raises(ValueError, match="missing"):
@@ -756,7 +790,8 @@ def test_save_is_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         M.save_hf(small(seed=1), tmp_path, Broken())
     assert {f: (tmp_path / f).read_bytes() for f in os.listdir(tmp_path)} == before
-    for changes in ({"norm": "post"}, {"norm": "none"}, {"positions": "none"}, {"ffn": "silu"}, {"qk_norm": True, "qkv_bias": True}):
+    for changes in ({"norm": "post"}, {"norm": "none"}, {"positions": "none"}, {"ffn": "silu"},
+                    {"qk_norm": True, "qkv_bias": True}):
         with pytest.raises(ValueError, match="Llama"):
             M.save_hf(small(**changes), tmp_path / "no")
     assert not (tmp_path / "no").exists()
@@ -779,7 +814,8 @@ def test_save_with_a_tokenizer(tmp_path):
 
 def test_configs_that_cannot_be():
     for changes, word in [({"d_model": 25, "head_dim": None}, "divide"), ({"num_kv_heads": 3}, "multiple"),
-                          ({"num_layers": 0}, "num_layers"), ({"vocab_size": -1}, "vocab_size"), ({"norm": "layer"}, "norm"),
+                          ({"num_layers": 0}, "num_layers"), ({"vocab_size": -1}, "vocab_size"),
+                          ({"norm": "layer"}, "norm"),
                           ({"ffn": "gelu"}, "ffn"), ({"positions": "alibi"}, "positions"), ({"head_dim": 5}, "even"),
                           ({"rope_layout": "quarter"}, "rope_layout"), ({"d_ff": 0}, "d_ff")]:
         with pytest.raises(ValueError, match=word):
@@ -808,5 +844,6 @@ def test_command_line():
     for line in M.__doc__.split("Run:")[1].splitlines()[1:]:           # the docstring quotes what it prints
         if line.strip() and "OK" not in line:
             assert line.strip() in [x.strip() for x in done.stdout.splitlines()], line
-    bad = subprocess.run([sys.executable, "model.py", "--device", "nothing"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    bad = subprocess.run([sys.executable, "model.py", "--device", "nothing"], cwd=ROOT, env=environment,
+                         capture_output=True, text=True)
     assert bad.returncode == 2 and "Traceback" not in bad.stderr and "nothing" in bad.stderr
