@@ -467,8 +467,9 @@ class GRPOConfig:
             if self.rollout_batch_size % getattr(self, name):
                 raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} "
                                  f"{getattr(self, name)}")
-        if self.max_tokens < self.min_tokens:
-            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+        if self.max_tokens < self.min_tokens or not self.temperature > 0:
+            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}, or temperature "
+                             f"{self.temperature} is not above 0")
         if self.importance_cap and self.temperature != 1:
             raise ValueError("importance_cap needs temperature 1: engines report log-probabilities before temperature")
         clip_range(self.clip)
@@ -548,7 +549,10 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         raise ValueError(f"{len(problems)} problems are too few for {questions} different ones a step")
     last = os.path.join(run_dir, "last.pt") if run_dir else None
     if resume and last and os.path.exists(last):
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(last, map_location="cpu", weights_only=True)
+        except Exception as error:                                    # torch raises whatever pickle and zip raise
+            raise ValueError(f"{last} cannot be read ({type(error).__name__}); remove it to start anew") from None
         if changed := [k for k, v in asdict(config).items() if state["config"].get(k) != v and k != "steps"]:
             raise ValueError(f"{last} was made with another {', '.join(changed)}; resume with the same settings")
         model.load_state_dict(state["model"])
@@ -732,7 +736,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     import model as model_py
     import optim
     import sft
-    home = f"out/arithmetic-{config.seed}"
+    home, device = f"out/arithmetic-{config.seed}", sft.check_device(args.device)
     source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
     run_dir, dtype = args.run_dir or f"{home}/{config.algorithm}", getattr(torch, args.dtype)
     if args.compile and args.engine == "torch" and dtype == torch.float32:
@@ -744,7 +748,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     valid = args.valid or (None if args.data else f"{home}/base/data/valid.jsonl")
     held_out = (sft.read_problems(valid, boxed=balanced_box) if valid else problems[::20])[:args.eval_size]
     problems = problems if valid else [p for i, p in enumerate(problems) if i % 20]
-    model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention,
+    model = model_py.load_hf(source, device=device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     end = sft.end_of_text_id(tokenizer)
@@ -761,8 +765,8 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
 
     def score(answers: list) -> tuple[Tensor, Tensor]:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
-        ids, labels, mask = (x.to(args.device) for x in batch.values())
-        with torch.autocast(ids.device.type, dtype, enabled=dtype != torch.float32):
+        ids, labels, mask = (x.to(device) for x in batch.values())
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
         return scored["log_probs"], mask
 

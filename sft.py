@@ -688,6 +688,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"])
     add("--engine", default="torch", choices=["torch", "vllm"])
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products, and of the engine")
     for name, kind, default in (
             ("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
             ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
@@ -702,11 +703,19 @@ def main(argv: list[str] | None = None) -> int:
         elif args.explain:
             print(f"chunked = plain to {self_check(args.seed):.1e}  OK")
         else:
-            run(args)
+            with torch.autocast(check_device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"sft.py: {error}", file=sys.stderr)
         return 2
     return 0
+
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises: ValueError where it is not to be had."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.80}") from None
 
 def run(args: argparse.Namespace) -> None:
     """Puts the sibling files together."""
@@ -726,7 +735,7 @@ def run(args: argparse.Namespace) -> None:
     model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
-    engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer))
+    engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
     optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     tune = functools.partial(
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
@@ -769,9 +778,12 @@ def evaluate_task(args, engine, tokenizer, data: str, answer: Callable, grpo) ->
     """Zero-shot: answers to a file, graded where there is a truth."""
     out = args.out or f"out/eval-{args.task}.jsonl"
     if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file
-        with open(data, encoding="utf-8", newline="") as file:
-            rows = json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file))
         key = "instruction" if args.task == "alpaca-eval" else "prompts_final"
+        try:
+            with open(data, encoding="utf-8", newline="") as file:
+                rows = json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file))
+        except ValueError as error:
+            raise ValueError(f"{data}: {error}; expected entries with {key!r}") from None
         if not rows or not all(isinstance(row, dict) and key in row for row in rows):
             raise ValueError(f"{data}: every entry needs {key!r}")
         prompts = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=row[key], response="")) for row in rows[:args.limit]]

@@ -295,6 +295,10 @@ def test_resume_is_the_run_that_was_never_stopped(tmp_path):
     assert strip[0] == strip[1]
     logged = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged] == [0, 1, 2, 3, 4, 5]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "last.pt").write_bytes((tmp_path / "b" / "last.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        train(config, run_dir=str(tmp_path / "c"), resume=True)
     with pytest.raises(ValueError, match="another lr"):
         train(grpo.GRPOConfig(**SMALL | dict(lr=1e-3)), run_dir=str(tmp_path / "b"), resume=True)
 
@@ -326,7 +330,7 @@ def test_rollouts_in_another_dtype_have_a_gap_and_follow_the_trainer():
     (dict(group_size=5), "not a multiple of group_size"), (dict(train_batch_size=6), "not a multiple of train_batch_size"),
     (dict(loss_type="ppo"), "none of"), (dict(algorithm="sft"), "none of"), (dict(length_normalization="x"), "none of"),
     (dict(steps=0), "steps must be at least 1"), (dict(max_tokens=1), "below min_tokens"), (dict(cliprange=2.0), "cliprange"),
-    (dict(importance_cap=2.0, temperature=0.7), "temperature 1")])
+    (dict(importance_cap=2.0, temperature=0.7), "temperature 1"), (dict(temperature=0.0), "not above 0")])
 def test_config_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         grpo.GRPOConfig(**SMALL | change)
@@ -348,7 +352,8 @@ def test_micro_batches(lengths, limit, groups):
 
 def test_command_line_says_one_line(capsys):
     for argv, message in ((["--group-size", "7"], "multiple of group_size"), (["--model", "/nowhere"], "cannot read"),
-                          (["--table", "/nowhere"], "No such file")):
+                          (["--table", "/nowhere"], "No such file"), (["--device", "nothing"], "--device nothing"),
+                          (["--compile"], "--dtype bfloat16")):
         assert grpo.main(argv) == 2
         error = capsys.readouterr().err.strip()
         assert error.startswith("grpo.py: ") and "\n" not in error and message in error, error

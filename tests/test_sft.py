@@ -473,7 +473,7 @@ def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task)
 def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, rows):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, text, err = run(capsys, action, "--model", folder, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
-                          "--batch-size", 4, "--epochs", 1, "--lr", "1e-3")
+                          "--batch-size", 4, "--epochs", 1, "--lr", "1e-3", "--dtype", "bfloat16")
     assert code == 0, err
     assert "RESULT" in text and model_py.load_hf(tmp_path / "out").config == model_py.load_hf(folder).config
     assert bpe.Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").encode("a b") == bpe.Tokenizer.from_file(
@@ -482,7 +482,11 @@ def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, row
 
 @pytest.mark.parametrize("argv, message", [
     (("sft", "--model", "/nowhere"), "/nowhere"), (("eval", "--model", "MODEL", "--data", "/none.jsonl"), "/none.jsonl"),
-    (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv")])
+    (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv"),
+    (("eval", "--model", "MODEL", "--data", __file__, "--task", "alpaca-eval"), "expected entries with 'instruction'"),
+    (("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"), "every entry needs 'prompts_final'"),
+    (("sft", "--device", "nothing"), "--device nothing"), (("sft", "--epochs", "-1"), "above 0"),
+    (("dpo", "--model", "MODEL", "--data", __file__), "expected a JSON object")])
 def test_command_line_says_one_line(folder, capsys, argv, message):
     code, _, err = run(capsys, *(folder if a == "MODEL" else a for a in argv))
     assert code == 2 and err.startswith("sft.py: ") and message in err and err.count("\n") == 1
