@@ -201,7 +201,8 @@ def compare(runs: list[dict], picture: Path | None = None) -> dict:
     Returns: {"min", "parabola": Optima, "parametric": ParametricLaw}.
     """
     N, C, loss = columns(5, **{name: [run[name] for run in runs] for name in ("parameters", "train_flops", "loss")})
-    law, far = fit_parametric(N, C / (6 * N), loss, bootstrap=200), C.max() * np.array([10, 100])
+    far = C.max() * np.array([10, 100])
+    law = fit_parametric(N, C / (6 * N), loss, delta=0.01, bootstrap=200)          # 1%: more than a run's noise
     found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
     print("budget    N:loss of each run; vertex of the parabola")
     for budget, vertex, value in zip(*(found["parabola"][i] for i in (0, 1, 3))):
@@ -785,7 +786,7 @@ def run(args) -> int:
     fits = compare(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
     wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
     size = lambda query: server.backend.count_parameters(from_query(query, server.backend, 0)["architecture_config"])
-    query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(size(query) - wanted))
+    query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(math.log(size(query) / wanted)))
     predicted = float(fits["parametric"](size(query), C / (6 * size(query))))
     print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model {query['d_model']} "
           f"has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
@@ -840,10 +841,10 @@ def main() -> int:
             ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 32, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
             ("--workers", int, 2, "runs at a time"), ("--dtype", ("float32", "bfloat16"), "float32", "train: of /loss"),
-            ("--budgets", numbers, [5e10, 1e11, 2e11, 4e11], "FLOPs"), ("--within", float, 0.03, "run: the bar"),
-            ("--widths", whole, [12, 16, 20, 24, 32, 40, 48, 56], "d_model"), ("--layers", int, 2, "num_layers"),
-            ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 8, "sequences"),
-            ("--rate", float, 0.01, "learning rate at width 64 and the smallest budget")):
+            ("--budgets", numbers, [1e11, 2e11, 4e11, 8e11, 1.6e12], "FLOPs"), ("--within", float, 0.03, "run: the bar"),
+            ("--widths", whole, [20, 24, 32, 40, 48, 64, 80, 96, 112], "d_model"), ("--layers", int, 1, "num_layers"),
+            ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 16, "sequences"),
+            ("--rate", float, 0.02, "learning rate at width 64 and the smallest budget")):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
