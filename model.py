@@ -140,8 +140,8 @@ class RotaryPositionalEmbedding(nn.Module):
     """Turns the i-th pair of x at position p by the angle p * theta^(-2i/d_k), so that the dot product of a query and
     a key depends only on how far apart they stand (eq. 34). layout, scaling: see ModelConfig.
 
-    x (..., T, d_k); token_positions (..., T) int below max_seq_len, any leading dimensions that broadcast with x's, or
-    None for 0..T-1. Returns x's shape and dtype; computed in fp32.
+    x (..., T, d_k), or (..., T, heads, d_k) with heads_inside; token_positions (..., T) int below max_seq_len, any
+    leading dimensions that broadcast with x's, or None for 0..T-1. Returns x's shape and dtype; computed in fp32.
     Example: position 1, theta 100, x = [1, 0, 0, 1] -> [cos 1, sin 1, -sin 0.1, cos 0.1]
     """
     def __init__(self, theta: float, d_k: int, max_seq_len: int, layout: str = "interleaved", scaling: tuple = ()):
@@ -163,9 +163,11 @@ class RotaryPositionalEmbedding(nn.Module):
         self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self
 
-    def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
-        at = slice(x.shape[-2]) if token_positions is None else token_positions
+    def forward(self, x: Tensor, token_positions: Tensor | None = None, heads_inside: bool = False) -> Tensor:
+        at = slice(x.shape[-3 if heads_inside else -2]) if token_positions is None else token_positions
         cos, sin, wide = self.cos[at], self.sin[at], x.to(self.cos.dtype)                   # (..., T, K/2)
+        if heads_inside:
+            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                                 # the same for every head
         if self.layout == "interleaved":
             # (a, b) cos + (b, a) (-sin, sin): every load and store in order, which a compiler makes one fast kernel
             swapped, signed = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
@@ -230,12 +232,12 @@ class CausalSelfAttention(nn.Module):
         self.rope, self.attention = rope, attention or plain_attention
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, attend=None) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(-3, -2)           # (..., H or G, T, K)
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim))                             # (..., T, H or G, K)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
-        if self.rope is not None:
-            positions = None if token_positions is None else token_positions.unsqueeze(-2)   # the same for every head
-            q, k = self.rope(q, positions), self.rope(k, positions)
+        if self.rope is not None:                        # before the transpose: gradients then come out in memory order
+            q, k = self.rope(q, token_positions, heads_inside=True), self.rope(k, token_positions, heads_inside=True)
+        q, k, v = (y.transpose(-3, -2) for y in (q, k, v))                                 # (..., H or G, T, K)
         y = self.attention(q, k, v, is_causal=True) if attend is None else attend(self.attention, q, k, v)
         return self.output_proj(y.transpose(-3, -2).flatten(-2))                           # (..., T, D)
 
@@ -442,11 +444,11 @@ if triton is not None:
 class KVCache:
     """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text. The
     first pass, over the prompts, leaves num_samples copies of each, with space for `capacity` positions; after that,
-    `positions` (R,) says where each row's new token goes, and `mask` (R, 1, 1, S) what it sees; None: all up to there,
-    by decode_attention."""
+    `positions` (R,) says where each row's new token goes. It sees all up to there, and none of it lies behind `visible`
+    (None: anywhere; then decode_attention finds out on the GPU)."""
     def __init__(self, num_layers: int, num_samples: int, capacity: int):
         self.layers, self.num_samples, self.capacity = [None] * num_layers, num_samples, capacity
-        self.positions = self.mask = None
+        self.positions = self.visible = None
 
     def attend(self, layer: int, attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What the new queries see: attention to their own prompt, or to all that is kept of their row."""
@@ -455,12 +457,12 @@ class KVCache:
             self.layers[layer] = [nn.functional.pad(x, room).repeat_interleave(self.num_samples, 0) for x in (k, v)]
             return attention(q, k, v, is_causal=True)
         keys, values = self.layers[layer]
-        at = torch.arange(len(q), device=q.device), slice(None), self.positions
+        at, S = (torch.arange(len(q), device=q.device), slice(None), self.positions), self.visible
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
-        if self.mask is None:
+        if S is None:
             return decode_attention(q, keys, values, self.positions)
-        S = self.mask.shape[-1]
-        return plain_attention(q, keys[:, :, :S], values[:, :, :S], mask=self.mask)
+        mask = torch.arange(S, device=q.device) <= self.positions[:, None, None, None]                # (R, 1, 1, S)
+        return plain_attention(q, keys[:, :, :S], values[:, :, :S], mask=mask)
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """plain_attention of one new token a row, q (R, H, 1, K), to keys and values (R, G, S, K), in order, up to its
@@ -533,8 +535,8 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
 
     A prompt longer than max(context + 1 - max_new_tokens, half the context) loses its front; a sample ends when the
     context is full. stop_ids end it, and stop_strings (found by decode: list[int] -> str), after min_new_tokens.
-    graph: record a step once as a CUDA graph and replay it, with decode_attention: a token then costs what its
-    arithmetic costs, and not the launching of 60 kernels a layer. Same seed and batch, same samples.
+    graph: record a step once as a CUDA graph and replay it, with decode_attention: a token then costs its arithmetic
+    and not the launching of 60 kernels a layer. Same seed and batch, same samples.
     Returns a prompt's samples side by side. Raises: ValueError for bad settings.
     """
     context, V, device = model.config.context_length, model.config.vocab_size, model.lm_head.weight.device
@@ -557,48 +559,40 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
     longest, steps = max(len(s.prompt_ids) for s in samples), max(limits)
     lengths = torch.tensor([len(s.prompt_ids) for s in samples], device=device)         # (R,)
     texts = torch.tensor([s.prompt_ids + [0] * (longest + steps - len(s.prompt_ids)) for s in samples], device=device)
-    log_probs = torch.zeros(len(samples), steps, device=device)
+    log_probs, ends = torch.zeros(len(samples), steps, device=device), lengths.clone()  # where the next token goes
     live, done, checked = torch.arange(len(samples), device=device), set(), 0           # rows still being written
-    ends = lengths.clone()                                                              # (R,) where the next token goes
     banned = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(len(model.layers), num_samples, min(context, texts.shape[1])) if use_cache else None
 
-    def write_token(hidden: Tensor, free: bool) -> None:
-        """hidden (R, D) -> one more token in every row of texts. Asks the GPU nothing, so that a graph can hold it."""
+    def write_token(step: int, free: bool) -> None:
+        """One more token in every live row. Past the prompts it asks the GPU nothing, so that a graph can hold it."""
+        last, rows = (ends - 1).clamp(max=context - 1), torch.arange(len(live), device=device)
+        if not use_cache:
+            hidden = model.hidden(texts[live, :min(longest + step, context)])[rows, last]                   # (R, D)
+        elif step == 0:
+            hidden = model.hidden(texts[::num_samples, :longest], cache=cache)[rows // num_samples, last]
+        else:
+            cache.positions, cache.visible = last, None if graph else min(longest + step, context)
+            hidden = model.hidden(texts[live, last][:, None], last[:, None], cache=cache)[:, 0]
         logits = at_least_float32(model.lm_head(hidden))                                # (R, V)
         allowed = logits if free else logits.index_fill(-1, banned, -torch.inf)
         tokens = sample_tokens(allowed, temperature, top_k, top_p, generator)
         texts[live, ends] = tokens
         log_probs[live, ends - lengths[live]] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).float()
         ends.add_(1)
-
-    def decode_token(free: bool) -> None:
-        cache.positions = (ends - 1).clamp(max=context - 1)                             # of the token to go on from
-        write_token(model.hidden(texts[live, cache.positions][:, None], cache.positions[:, None], cache=cache)[:, 0],
-                    free)
-    recorded, warm = None, False
+    recorded = None
     for step in range(steps):
-        free, visible = step >= min_new_tokens, min(longest + step, context)
-        rows = torch.arange(len(live), device=device)
-        if not use_cache:
-            write_token(model.hidden(texts[live, :visible])[rows, (ends - 1).clamp(max=context - 1)], free)
-        elif step == 0:
-            write_token(model.hidden(texts[::num_samples, :visible], cache=cache)[rows // num_samples, ends - 1], free)
-        elif recorded is not None:
+        free = step >= min_new_tokens
+        if recorded is None and graph and free and step > 1:     # step 1 has compiled its kernels
+            recorded = torch.cuda.CUDAGraph()
+            recorded.register_generator_state(generator)
+            with torch.cuda.graph(recorded):
+                write_token(step, free)
+        if recorded is not None:
             recorded.replay()
         else:
-            seen = torch.arange(visible, device=device) < ends[:, None]
-            cache.mask = None if graph else seen[:, None, None]                         # (R, 1, 1, S)
-            if graph and free and warm:                          # the first step has compiled its kernels
-                recorded = torch.cuda.CUDAGraph()
-                recorded.register_generator_state(generator)
-                with torch.cuda.graph(recorded):
-                    decode_token(free)
-                recorded.replay()
-            else:
-                decode_token(free)
-                warm = True
+            write_token(step, free)
         if cuda and (step + 1) % 16 and step + 1 < steps:        # to look means to wait
             continue
         new = texts[live].gather(1, lengths[live][:, None] + torch.arange(checked, step + 1, device=device))
