@@ -9,42 +9,38 @@ Deviations: ties go to the greater pair of byte strings (the papers leave it ope
             Llama 3's and Qwen2's patterns and NFC take the plain path: exact, but several times slower.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
-            merge 0  s + t
-            merge 1  e + st
             ...
             text     It's lower,  the newest.
             classes  aa.a_aaaaa.__aaa_aaaaaa.
             starts   ^ ^ ^     ^^^   ^      ^
+            round 0  |I.t|'.s| .l.o.w.e.r|,| | .t.h.e| .n.e.w.e.s.t|.|
+            round 1  |I.t|'.s| .l.ow.e.r|,| | .t.h.e| .n.e.w.e.st|.|
             ...
             fast = plain = known merges, there and back  OK
 """
 import argparse
+import concurrent.futures
+import contextlib
 import functools
 import heapq
 import itertools
 import json
 import os
 import re
-import subprocess
 import sys
-import sysconfig
-import tempfile
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 import numpy as np
 import regex
 
-# Dims: N bytes of text, P pre-tokens, W distinct pre-tokens ("words")
-Log = Callable[[str], None] | None
-Pair = tuple[bytes, bytes]
-Source = str | os.PathLike
-CHUNK = 1 << 20                                                 # bytes of a file handled at a time
+# Dims: N bytes of text, P pre-tokens ("words" once they are cut), W distinct ones
+Log, Source, Pair = Callable[[str], None] | None, str | os.PathLike, tuple[bytes, bytes]
+CHUNK, WINDOW = 1 << 21, 1 << 16    # bytes of a file handled at a time; where a place to cut it is looked for
+LONG = 64                           # bytes; words over this are merged one by one
 
 # ---- Pre-tokenization: merges never cross the borders of these pieces ------------------------------------------------
 
@@ -69,20 +65,16 @@ def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
     """The last place where raw can be cut so that each side gives the tokens it gives in the whole; 0 if none is seen.
 
     A special token or a pre-token starts there, whatever the pattern, and the characters on both sides are neighbours
-    in no special token. Holds for any text before and after raw, which must start on a character.
+    in no special token. Holds for any text before and after raw, which may start and end within a character.
     """
-    places, window = regex.compile(f"{CUT}|(?={special_pattern(special_tokens)})"), 4096
-    while True:
-        start = max(0, len(raw) - window)
-        while start < len(raw) and raw[start] & 0xC0 == 0x80:   # forward to the first byte of a character
-            start += 1
-        text = raw[start:].decode("utf-8", "ignore")
-        for cut in (match.start() for match in places.finditer(text, 1)):
-            if not any(text[cut - 1:cut + 1] in token for token in special_tokens):
-                return start + len(text[:cut].encode())
-        if start == 0:
-            return 0
-        window *= 8
+    start = max(0, len(raw) - WINDOW)
+    while start < len(raw) and raw[start] & 0xC0 == 0x80:       # forward to the first byte of a character
+        start += 1
+    text = raw[start:].decode("utf-8", "ignore")
+    for match in regex.finditer(f"{CUT}|(?={special_pattern(special_tokens)})", text, pos=1):
+        if not any(text[match.start() - 1:match.start() + 1] in token for token in special_tokens):
+            return start + len(text[:match.start()].encode())
+    return 0
 
 
 def safe_chunks(pieces: Iterable[bytes], special_tokens: Iterable[str], size: int) -> Iterator[bytes]:
@@ -99,10 +91,15 @@ def safe_chunks(pieces: Iterable[bytes], special_tokens: Iterable[str], size: in
 
 
 def file_ranges(path: str, special_tokens: Iterable[str]) -> Iterator[tuple[int, int]]:
-    """The stretches (start, end) of a file that safe_chunks cuts it into."""
+    """Stretches (start, end) of about CHUNK bytes into which a file can be cut; reads a window at each end only."""
+    size, window = os.path.getsize(path), min(WINDOW, CHUNK)
+    cuts = {0, size}
     with open(path, "rb") as f:
-        chunks = safe_chunks(iter(lambda: f.read(CHUNK), b""), special_tokens, CHUNK)
-        yield from itertools.pairwise(itertools.accumulate(map(len, chunks), initial=0))
+        for start in range(CHUNK - window, size - window, CHUNK):
+            f.seek(start)
+            if cut := safe_cut(f.read(window), special_tokens):
+                cuts.add(start + cut)
+    return itertools.pairwise(sorted(cuts))
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
@@ -129,43 +126,32 @@ def count_words_plain(path: str, special_tokens: list[str]) -> dict[bytes, int]:
     return {word.encode(): count for word, count in counts.items()}
 
 
-def merge_pair(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """Replaces the pair by the new id from left to right: merge_pair([7, 7, 7], (7, 7), 9) -> [9, 7]."""
-    out: list[int] = []
-    for i in ids:
-        if out and (out[-1], i) == pair:
-            out[-1] = new
+def merge_pair(symbols: list[bytes], pair: Pair) -> list[bytes]:
+    """Joins the pair from left to right: merge_pair([b"a", b"a", b"a"], (b"a", b"a")) -> [b"aa", b"a"]."""
+    out: list[bytes] = []
+    for symbol in symbols:
+        if out and (out[-1], symbol) == pair:
+            out[-1] += symbol
         else:
-            out.append(i)
+            out.append(symbol)
     return out
 
 
 def merge_words_plain(word_counts: dict[bytes, int], num_merges: int) -> list[Pair]:
-    """The merges in order: each time the most frequent pair of neighbours over all words; of several, the greatest.
+    """arXiv:1508.07909, Algorithm 1: joins the most frequent pair of neighbours, of several the greatest.
 
-    The counts are not taken anew for each merge, as in arXiv:1508.07909, Algorithm 1: only words with the pair change.
     Example: merge_words_plain({b"low": 5, b"lower": 2}, 1) -> [(b"o", b"w")]    # as frequent as (b"l", b"o")
     """
-    words, counts = [list(word) for word in word_counts], list(word_counts.values())
-    tokens, merges = [bytes([i]) for i in range(256)], []
-    pair_count: Counter[tuple[int, int]] = Counter()
-    pair_words: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for w, ids in enumerate(words):
-        for pair in zip(ids, ids[1:]):
-            pair_count[pair] += counts[w]
-            pair_words[pair].add(w)
-    while pair_count and len(merges) < num_merges:
-        pair = max(pair_count, key=lambda pair: (pair_count[pair], tokens[pair[0]], tokens[pair[1]]))
-        merges.append((tokens[pair[0]], tokens[pair[1]]))
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for w in pair_words.pop(pair):
-            for old in zip(words[w], words[w][1:]):
-                pair_count[old] -= counts[w]
-            words[w] = merge_pair(words[w], pair, len(tokens) - 1)
-            for now in zip(words[w], words[w][1:]):
-                pair_count[now] += counts[w]
-                pair_words[now].add(w)
-        pair_count = +pair_count                                # without the pairs that are no more
+    words, merges = {word: [bytes([byte]) for byte in word] for word in word_counts}, []
+    for _ in range(num_merges):
+        pair_count: Counter[Pair] = Counter()
+        for word, symbols in words.items():
+            for pair in zip(symbols, symbols[1:]):
+                pair_count[pair] += word_counts[word]
+        if not pair_count:
+            break
+        merges.append(max(pair_count, key=lambda pair: (pair_count[pair], pair)))
+        words = {word: merge_pair(symbols, merges[-1]) for word, symbols in words.items()}
     return merges
 
 
@@ -215,7 +201,7 @@ class Tokenizer:
         """The token ids of a text. Raises: ValueError for lone surrogates, which have no UTF-8 form."""
         return self.encode_plain(text) if len(text) < self.fast_from else list(self.encode_iterable([text], CHUNK))
 
-    def encode_iterable(self, chunks: Iterable[str], size: int = 1 << 16) -> Iterator[int]:
+    def encode_iterable(self, chunks: Iterable[str], size: int = WINDOW) -> Iterator[int]:
         """The ids of the joined chunks, however they are cut, from little more than `size` bytes of text at a time."""
         for raw in safe_chunks(map(str.encode, chunks), self.special_tokens, size):
             yield from self.encode_bytes(raw).tolist()
@@ -250,14 +236,27 @@ class Tokenizer:
         return ids
 
     def merge_word(self, word: bytes) -> list[int]:
-        """Joins the pair that was learnt first, again and again, until none of the neighbours was ever joined."""
+        """Joins the pair that was learnt first, again and again, until none of the neighbours was ever joined.
+
+        The pairs wait on a heap, by rank and place; links lead from each symbol to its neighbours, over those that are
+        gone. So a word of n bytes takes time n log n.
+        """
         if self.ignore_merges and word in self.token_id:
             return [self.token_id[word]]
-        ids = [self.byte_id[byte] for byte in word]
-        while known := [pair for pair in zip(ids, ids[1:]) if pair in self.ranks]:
-            first = min(known, key=self.ranks.__getitem__)
-            ids = merge_pair(ids, first, self.ranks[first][1])
-        return ids
+        ids, ranks, end = [*map(self.byte_id.__getitem__, word), -1], self.ranks, len(word)           # -1: no symbol
+        after, before = [*range(1, end + 1), end], [*range(-1, end)]
+        heap = [(ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
+        heapq.heapify(heap)
+        while heap:
+            (_, new), i, pair = heapq.heappop(heap)
+            gone = after[i]
+            if (ids[i], ids[gone]) == pair:                     # else one of the two was joined to another since
+                ids[i], ids[gone], after[i] = new, -1, after[gone]
+                before[after[i]] = i
+                for left in (before[i], i):
+                    if (pair := (ids[left], ids[after[left]])) in ranks:
+                        heapq.heappush(heap, (ranks[pair], left, pair))
+        return [i for i in ids if i >= 0]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD. Raises: ValueError for an unknown id."""
@@ -323,7 +322,7 @@ class Tokenizer:
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": self.ignore_merges, "vocab": {names[i]: i for i in sorted(names)},
                       "merges": [f"{text[a]} {text[b]}" for a, b in self.merges]}}
-        with whole_file(tokenizer_json) as f:
+        with write_whole(tokenizer_json) as f:
             f.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
 
 
@@ -334,12 +333,16 @@ UNSUPPORTED = ("add_prefix_space", "invert", "dropout", "continuing_subword_pref
 def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges ("left right" or [left, right]) from the byte_to_unicode form, but for tokens in clear."""
     bytes_of = {ord(char): byte for byte, char in byte_to_unicode().items()}
-    tokens = {text: text.encode() if text in clear else text.translate(bytes_of).encode("latin-1") for text in vocab}
+    names = [text for text in vocab if text not in clear]
+    data = "".join(names).translate(bytes_of).encode("latin-1")                         # a character is a byte
+    ends = itertools.accumulate(map(len, names))
+    tokens = {text: text.encode() for text in clear}
+    tokens |= {text: data[end - len(text):end] for text, end in zip(names, ends)}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
     return {i: tokens[text] for text, i in vocab.items()}, [(tokens[a], tokens[b]) for a, b in pairs]
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turns what goes wrong with foreign data into one ValueError that says what they should have been."""
     try:
@@ -348,14 +351,17 @@ def explained(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {'missing ' if isinstance(e, KeyError) else ''}{e}") from None
 
 
-@contextmanager
-def whole_file(path: Source) -> Iterator[BinaryIO]:
-    """A binary file that appears under its name when the block ends without an error, and not at all otherwise."""
-    path, temporary = Path(path), Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
+    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            yield f
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -366,9 +372,9 @@ def whole_file(path: Source) -> Iterator[BinaryIO]:
 EDGE, SPACE, BLANK, LETTER, NUMBER, OTHER, UNKNOWN = range(7)   # classes of characters; EDGE: no text, a special token
 CLASS_OF = np.full(0x110000, UNKNOWN, np.uint8)                 # by code point; filled in as characters turn up
 SAMPLES = ("", " ", "\n", "a", "1", ".")                        # one of each class. Of any three characters, does a
-STARTS = np.array([this != "" and any(match.start() == len(before) for match in   # pre-token start at the second?
-                                      regex.finditer(PATTERNS["gpt2"], before + this + after))
-                   for before, this, after in itertools.product(SAMPLES, repeat=3)])
+STARTS = bytes([this != "" and any(match.start() == len(before) for match in        # pre-token start at the second?
+                                   regex.finditer(PATTERNS["gpt2"], before + this + after))
+                for before, this, after in itertools.product(SAMPLES, repeat=3)]).ljust(256)
 CONTRACTION = np.zeros((256, 256), np.uint8)                    # how many of the two bytes after an apostrophe it takes
 CONTRACTION[list(b"sdmt")] = 1
 CONTRACTION[list(b"lvr"), list(b"lee")] = 2
@@ -376,13 +382,14 @@ CONTRACTION[list(b"lvr"), list(b"lee")] = 2
 
 def classify(code_points: np.ndarray) -> np.ndarray:
     """The class of each character, as the pattern sees it: the regex module is asked once for each."""
-    if UNKNOWN in CLASS_OF[code_points]:
-        for i in set(code_points[CLASS_OF[code_points] == UNKNOWN].tolist()):
+    if (new := code_points[CLASS_OF[code_points] == UNKNOWN]).size:
+        for i in set(new.tolist()):
             CLASS_OF[i] = regex.match(r"(?s)( )|(\s)|(\p{L})|(\p{N})|(.)", chr(i)).lastindex
     return CLASS_OF[code_points]
 
 
-BYTE_CLASS = classify(np.arange(128)).tobytes() + bytes([OTHER]) * 128
+ASCII = bytes(range(128))
+BYTE_CLASS = classify(np.frombuffer(ASCII, np.uint8)).tobytes() + bytes([OTHER]) * 128
 
 
 def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
@@ -393,20 +400,17 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     characters of several bytes, of which only the first may start a pre-token.
     """
     N, data = len(raw), np.frombuffer(raw + bytes(2), np.uint8)
-    padded = np.full(N + 3, EDGE, np.uint8)
-    classes = padded[1:N + 1]                                   # (N,) with an EDGE on either side
-    classes[:] = np.frombuffer(raw.translate(BYTE_CLASS), np.uint8)
-    if not raw.isascii():
-        beyond = np.flatnonzero(data >= 0x80)
-        lead = beyond[data[beyond] >= 0xC0]
-        width = 2 + (data[lead] >= 0xE0) + (data[lead] >= 0xF0)
-        alone = raw.translate(None, bytes(range(128))).decode().encode("utf-32-le")
-        lead_class = classify(np.frombuffer(alone, np.uint32))
-        classes[beyond] = np.repeat(lead_class, width)          # all bytes of a character alike
+    padded = np.frombuffer(bytearray(b"\0%b\0\0" % raw.translate(BYTE_CLASS)), np.uint8)       # EDGE on either side
+    beyond = np.flatnonzero(data >= 0x80)
+    lead = beyond[data[beyond] >= 0xC0]
+    width = 2 + (data[lead] >= 0xE0) + (data[lead] >= 0xF0)
+    lead_class = classify(np.frombuffer(raw.translate(None, ASCII).decode().encode("utf-32-le"), np.uint32))
+    padded[1 + beyond] = np.repeat(lead_class, width)           # all bytes of a character alike
     spans = [match.span() for match in special.finditer(raw)]
     for start, end in spans:
-        classes[start:end] = EDGE
-    starts = STARTS[36 * padded[:N] + 6 * classes + padded[2:N + 2]]                    # (N,) bool
+        padded[1 + start:1 + end] = EDGE
+    three = 36 * padded[:N] + 6 * padded[1:N + 1] + padded[2:N + 2]
+    starts = np.frombuffer(bytearray(three).translate(STARTS), bool)                    # (N,)
     quote = np.flatnonzero(data == ord("'"))
     quote = quote[(padded[quote] != OTHER) & (padded[quote] != SPACE)]                  # else it is within "('" or " '"
     end = quote + 1 + CONTRACTION[data[quote + 1], data[quote + 2]]
@@ -414,10 +418,9 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     starts[quote[whole] + 1] = False
     end = end[whole]
     starts[end[padded[end + 1] == LETTER]] = True
-    if not raw.isascii():
-        blank, last = lead[lead_class == BLANK], (lead + width - 1)[lead_class == BLANK]
-        starts[blank] |= starts[last]                           # its last byte saw what follows
-        starts[blank + 1] = starts[last] = False
+    blank, last = lead[lead_class == BLANK], (lead + width - 1)[lead_class == BLANK]
+    starts[blank] |= starts[last]                               # its last byte saw what follows
+    starts[blank + 1] = starts[last] = False
     starts[[start for start, _ in spans]] = True
     return np.flatnonzero(starts)
 
@@ -429,127 +432,101 @@ def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 class KeyTable:
-    """Numbers distinct uint64 keys 1, 2, 3, ... in the order in which they are added; whole arrays at a time.
+    """Numbers distinct uint64 keys 1, 2, 3, ...: a dict for whole arrays at a time. 2**64 - 1 is no key.
 
     A hash table with open addressing: a key's number is in the slot that its product with a large odd number names, or
-    in the next one that was free. Number 0 marks a free slot; NOBODY is never asked for.
+    in the next one that was free. Number 0 marks a free slot.
     """
-    NOBODY = 2**64 - 1
 
     def __init__(self):
-        self.keys, self.slots = np.array([self.NOBODY], np.uint64), np.zeros(1 << 12, np.int32)
+        self.keys, self.slots = np.array([2**64 - 1], np.uint64), np.zeros(1 << 12, np.int32)
+        np.empty(31 << 20, np.uint8)    # freed at once: glibc then keeps arrays up to this size for the next chunk
 
-    def first_slot(self, keys: np.ndarray) -> np.ndarray:
-        return ((keys * MULTIPLIERS[0]) >> np.uint64(65 - len(self.slots).bit_length())).view(np.int64)
-
-    def get(self, keys: np.ndarray) -> np.ndarray:
-        """The numbers of the keys, 0 for those that were never added."""
-        slot = self.first_slot(keys)
-        numbers = self.slots[slot]
-        on = np.flatnonzero((self.keys[numbers] != keys) & (numbers > 0))               # these met another key
-        slot = slot[on]
-        while on.size:
-            slot = (slot + 1) & (len(self.slots) - 1)
-            numbers[on] = found = self.slots[slot]
-            further = (self.keys[found] != keys[on]) & (found > 0)
-            on, slot = on[further], slot[further]
-        return numbers
+    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of the keys, 0 for those that are not there, and the slots where that was seen. Both int64."""
+        slot = (keys * ODD >> np.uint64(65 - len(self.slots).bit_length())).view(np.int64)
+        numbers = self.slots.take(slot).astype(np.int64)
+        astray = np.flatnonzero(self.keys.take(numbers) != keys)
+        while (astray := astray[numbers[astray] > 0]).size:     # these met another key
+            slot[astray] = slot[astray] + 1 & len(self.slots) - 1
+            numbers[astray] = self.slots[slot[astray]]
+            astray = astray[self.keys[numbers[astray]] != keys[astray]]
+        return numbers, slot
 
     def add(self, keys: np.ndarray) -> None:
         """Adds keys that are all different and not there yet. At most a fourth of the slots is ever taken."""
         first, self.keys = len(self.keys), np.append(self.keys, keys)
         if 4 * len(self.keys) > len(self.slots):
             first, self.slots = 1, np.zeros(1 << (8 * len(self.keys)).bit_length(), np.int32)
-        numbers, slot = np.arange(first, len(self.keys), dtype=np.int32), self.first_slot(self.keys[first:])
+        numbers = np.arange(first, len(self.keys))
         while numbers.size:
-            free = self.slots[slot] == 0
-            self.slots[slot[free]] = numbers[free]              # of several that want one slot, one gets it
-            on = self.slots[slot] != numbers
-            numbers, slot = numbers[on], (slot[on] + 1) & (len(self.slots) - 1)
+            _, slot = self.find(self.keys[numbers])
+            self.slots[slot] = numbers                          # of several that want one slot, one gets it
+            numbers = numbers[self.slots[slot] != numbers]
 
-
-LONG = 64                                                       # words of more bytes are looked up one by one
-MULTIPLIERS = np.random.default_rng(0).integers(0, 2**63, LONG // 8, np.uint64) * np.uint64(2) + np.uint64(1)
-# ORed with eight bytes of text, FILL[n] makes all but the first n 0xFF, which no UTF-8 has: no two words become alike
-FILL = np.array([2**64 - 2**(8 * n) for n in range(8)] + [0], np.uint64)
-
-
-class WordTable:
-    """Numbers distinct words 1, 2, 3, ... and keeps their bytes: a dict of words, for a whole chunk at a time.
-
-    A word of up to eight bytes is its own 64-bit key. A longer one has a hash for a key, and its bytes are compared
-    with those of the word that was found; where they differ, and for words over LONG bytes, a dict decides.
-    """
-
-    def __init__(self, first_words: Iterable[str] = ()):
-        self.table, self.others, self.text = KeyTable(), {}, bytearray(LONG)            # ends with LONG zeros
-        self.starts, self.lengths = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        for word in map(str.encode, first_words):
-            self.numbers(word, np.array([0]), np.array([len(word)]))
-        np.empty(31 << 20, np.uint8)      # freed at once: glibc then keeps arrays up to this size for the next chunk
-
-    def numbers(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The numbers of the words that stand in raw at starts; words not seen before are added. Returns int32 (P,)."""
-        eight = np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))           # the 8 bytes from any place
-        keys = eight[starts] | FILL[np.minimum(lengths, 8)]
-        long = np.flatnonzero(lengths > 8)                      # for these: all their bytes, in rows of eight
-        clipped = np.minimum(lengths[long], LONG)
-        owner = np.repeat(np.arange(len(long)), (clipped + 7) >> 3)
-        first_row = np.searchsorted(owner, np.arange(len(long)))
-        row = np.arange(len(owner)) - first_row[owner]
-        fill = FILL[np.minimum(clipped[owner] - 8 * row, 8)]
-        rows = eight[starts[long][owner] + 8 * row] | fill
-        if long.size:                                           # 56 bits of hash, below a byte that no UTF-8 has
-            hashed = np.add.reduceat(rows * MULTIPLIERS[row], first_row)
-            keys[long] = ((hashed ^ (hashed >> np.uint64(32))) * MULTIPLIERS[1] >> np.uint64(8)) | np.uint64(0xFE << 56)
-        numbers = self.table.get(keys)
-        new = np.flatnonzero(numbers == 0)
-        if new.size:
-            distinct, first = np.unique(keys[new], return_index=True)
-            self.add(raw, starts[new[first]], np.minimum(lengths[new[first]], LONG), distinct)
-            numbers[new] = self.table.get(keys[new])
-        found, eight = numbers[long], np.ndarray(len(self.text) - 7, "<u8", self.text, strides=(1,))
-        same = self.lengths[found] == lengths[long]
-        same[owner[(eight[self.starts[found][owner] + 8 * row] | fill) != rows]] = False
-        wrong, eight = long[~same], None                        # over LONG bytes, or two words with one hash
-        if wrong.size:
-            words = [raw[start:end] for start, end in zip(starts[wrong], (starts + lengths)[wrong])]
-            first = {word: i for i, word in zip(wrong.tolist(), words) if word not in self.others}
-            self.others.update(zip(first, itertools.count(len(self.lengths))))
-            at = np.fromiter(first.values(), np.int64)
-            self.add(raw, starts[at], lengths[at], np.full(len(at), KeyTable.NOBODY, np.uint64))
-            numbers[wrong] = [self.others[word] for word in words]
+    def number(self, keys: np.ndarray) -> np.ndarray:
+        """The numbers of the keys; those that are not there are added."""
+        numbers, _ = self.find(keys)
+        if (new := np.flatnonzero(numbers == 0)).size:
+            self.add(np.unique(keys[new]))
+            numbers[new], _ = self.find(keys[new])
         return numbers
 
-    def add(self, raw: bytes, starts: np.ndarray, lengths: np.ndarray, keys: np.ndarray) -> None:
-        self.table.add(keys)
-        self.starts = np.append(self.starts, len(self.text) - LONG + np.cumsum(lengths) - lengths)
-        self.lengths = np.append(self.lengths, lengths)
-        self.text[-LONG:] = np.frombuffer(raw, np.uint8)[spread(starts, lengths)].tobytes() + bytes(LONG)
+
+ODD = np.uint64(0x9E3779B97F4A7C15)                             # 2**64 over the golden ratio: Knuth, volume 3, 6.4
+ONES, JOINED = np.uint64(2**64 - 1), np.uint64(0xFE << 56)      # of the bytes 0xFF and 0xFE, which UTF-8 never has
 
 
-def count_words(ranges: list[tuple[int, int]]) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """count_words_plain over some ranges of a file: all words' bytes end to end, their lengths, their counts."""
+class Words:
+    """A chunk of text cut into words, and the number of each in a table that may have seen others.
+
+    The first eight bytes from a word's start are its key; those that are not its own are made 0xFF. A longer word is
+    cut into rows of eight bytes; neighbours are joined to pairs, these to pairs of pairs, until one is left. The key of
+    a pair is made of its two numbers. No key is a hash, so different words never have the same number.
+    """
+
+    def __init__(self, table: KeyTable, raw: bytes, starts: np.ndarray):
+        self.table, self.raw, self.starts = table, raw, starts                          # starts: int64 (P,)
+        self.lengths = lengths = np.diff(starts, append=len(raw))
+        eight = np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))           # the eight bytes from any place
+        self.numbers = table.number(eight[starts] | ONES << (8 * lengths).view(np.uint64))              # int64 (P,)
+        long = np.flatnonzero(lengths > 8)
+        rows = lengths[long] + 7 >> 3
+        row = spread(np.zeros_like(rows), rows)                 # of all long words: 0, 1, 2, ... from each word's start
+        left = np.repeat(rows, rows) - row                      # and how many there are from here to its end
+        at = np.repeat(starts[long], rows) + 8 * row
+        own = np.repeat((starts + lengths)[long], rows) - at    # bytes; shifted by 64 bits or more, ONES are 0
+        parts = table.number(eight[at] | ONES << (8 * own).view(np.uint64))
+        while len(parts) > len(long):
+            even = np.flatnonzero(row & 1 == 0)
+            pair = even[left[even] > 1]
+            parts[pair] = table.number((parts[pair] << 28 | parts[pair + 1]).view(np.uint64) | JOINED)
+            parts, row, left = parts[even], row[even] >> 1, left[even] + 1 >> 1
+        self.numbers[long] = parts
+
+    def one_of_each(self, places: np.ndarray) -> np.ndarray:
+        """Of the places where the same word stands, one."""
+        last = np.empty(len(self.table.keys), np.int64)         # by number. Of several that write there, one remains
+        last[self.numbers[places]] = places
+        return places[last[self.numbers[places]] == places]
+
+    def text(self, places: np.ndarray) -> np.ndarray:
+        """The bytes of the words at these places, end to end."""
+        return np.frombuffer(self.raw, np.uint8)[spread(self.starts[places], self.lengths[places])]
+
+
+def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
+    """count_words_plain for some ranges of a file: a process's share of train_bpe."""
     path, special = SHARED
-    words, counts = WordTable(), np.zeros(1, np.int64)
+    table, counts, number_of = KeyTable(), np.zeros(1, np.int64), {}
     for raw in (read_range(path, *stretch) for stretch in ranges):
-        starts = pretoken_starts(raw, special)
-        numbers, before = words.numbers(raw, starts, np.diff(starts, append=len(raw))), counts
-        counts = np.bincount(numbers, minlength=len(words.lengths))
-        counts[:len(before)] += before
-    return bytes(words.text[:-LONG]), words.lengths[1:], counts[1:]
-
-
-def count_file(path: str, special_tokens: list[str], num_processes: int | None, log: Log) -> tuple[Any, ...]:
-    """count_words over the whole file, by several processes, special tokens left out."""
-    words, totals = WordTable(special_tokens), np.zeros(0, np.int64)
-    special = re.compile(special_pattern(special_tokens).encode())
-    for text, lengths, counts in over_file(count_words, path, special, special_tokens, num_processes, log, 8):
-        numbers = words.numbers(text, np.cumsum(lengths) - lengths, lengths)
-        totals = np.append(totals, np.zeros(len(words.lengths) - len(totals), np.int64))
-        totals[numbers] += counts
-    totals[:1 + len(special_tokens)] = 0
-    return bytes(words.text[:-LONG]), words.lengths[1:], totals[1:]
+        words = Words(table, raw, pretoken_starts(raw, special))
+        counts = np.append(counts, np.zeros(len(table.keys) - len(counts), np.int64))
+        new = words.one_of_each(np.flatnonzero(counts[words.numbers] == 0))
+        counts += np.bincount(words.numbers, minlength=len(counts))
+        stretches = zip(words.starts[new].tolist(), (words.starts + words.lengths)[new].tolist())
+        number_of.update(zip((raw[start:end] for start, end in stretches), words.numbers[new].tolist()))
+    return {word: int(counts[number]) for word, number in number_of.items() if not special.fullmatch(word)}
 
 
 GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
@@ -568,18 +545,19 @@ def in_a_row(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return row
 
 
-def merge_words(text: bytes, lengths: np.ndarray, counts: np.ndarray, num_merges: int,
-                tie_key: Callable = greatest_first, log: Log = None) -> list[Pair]:
-    """merge_words_plain on flat arrays. text: all words' bytes end to end; lengths, counts: (W,) of each word.
+def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callable = greatest_first,
+                log: Log = None) -> list[Pair]:
+    """merge_words_plain on flat arrays.
 
     All words stand in one row. What is merged away stays there until the row is next closed up; links jump over it. For
     each pair a heap has its count and `places` the positions where it was seen, both of them upper bounds (new places
     come with new symbols only): a pair that is popped is counted again. Pairs rarer than `floor` are left out until the
     heap is empty; then the row is closed up and all pairs are taken anew, with a lower floor.
     """
-    symbol, weight = in_a_row(np.frombuffer(text, np.uint8), lengths), in_a_row(np.repeat(counts, lengths), lengths)
+    lengths, counts = np.array([*map(len, word_counts)], np.int64), np.array([*word_counts.values()], np.int64)
+    symbol = in_a_row(np.frombuffer(b"".join(word_counts), np.uint8), lengths)
+    weight = in_a_row(np.repeat(counts, lengths), lengths)
     tokens, merges, heap, places, floor = [bytes([i]) for i in range(256)], [], [], {}, None
-    report = progress("merge", num_merges, log)
 
     def remember(keys: np.ndarray, at: np.ndarray, pair_of: Callable) -> None:
         """Groups places by their keys; the pairs that are frequent enough go on the heap."""
@@ -630,7 +608,8 @@ def merge_words(text: bytes, lengths: np.ndarray, counts: np.ndarray, num_merges
         keys, at = np.concatenate([2 * x[has_x], 2 * y[has_y] + 1]), np.concatenate([before[has_x], at[has_y]])
         if keys.size:
             remember(keys, at, lambda key: (new, key >> 1) if key & 1 else (key >> 1, new))
-        report(len(merges))
+        if log and len(merges) % 1000 == 0:
+            log(f"merge {len(merges):,} of {num_merges:,} | {count:,} times {tokens[-1]}")
     return merges
 
 
@@ -639,7 +618,7 @@ class FastEncoder:
 
     Words that are met for the first time are merged, all of them together.
     """
-    max_words, max_bytes = 1 << 19, 1 << 24                     # remembered; then the tables start anew
+    max_words = 1 << 20                                         # remembered; then the tables start anew
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, pairs = tokenizer, np.array(list(tokenizer.ranks), np.int64).reshape(-1, 2)
@@ -651,30 +630,31 @@ class FastEncoder:
         self.forget()
 
     def forget(self) -> None:
-        """Starts anew, with the special tokens as words 1, 2, ..."""
-        special = self.tokenizer.special_tokens
-        self.words = WordTable(special)
-        self.ids = np.array(list(special.values()), self.tokenizer.dtype)               # of all words, end to end
-        self.begins, self.counts = np.arange(-1, len(special)), np.ones(len(special) + 1, np.int64)
+        """Starts anew, knowing the special tokens only."""
+        special = {token.encode(): i for token, i in self.tokenizer.special_tokens.items()}
+        self.table, self.ids = KeyTable(), np.array([*special.values()], self.tokenizer.dtype)   # of words, end to end
+        numbers = Words(self.table, b"".join(special), np.cumsum([0, *map(len, special)])[:-1]).numbers
+        self.begins, self.counts = np.zeros((2, len(self.table.keys)), np.int64)        # by number: where in ids a
+        self.begins[numbers], self.counts[numbers] = np.arange(len(special)), 1         # word's are, and how many
 
     def encode(self, raw: bytes) -> np.ndarray:
-        if len(self.words.lengths) > self.max_words or len(self.words.text) > self.max_bytes:
+        """The ids of valid UTF-8."""
+        if len(self.table.keys) > self.max_words:
             self.forget()
-        starts = pretoken_starts(raw, self.special)
-        numbers = self.words.numbers(raw, starts, np.diff(starts, append=len(raw)))
-        lengths = self.words.lengths[len(self.counts):]
-        if lengths.size:
-            text = np.frombuffer(self.words.text[-LONG - int(lengths.sum()):-LONG], np.uint8)
-            many = int(np.argmax(np.append(lengths, LONG + 1) > LONG))          # the longest words were added last, and
-            ids, counts = self.merge(text[:lengths[:many].sum()], lengths[:many])      # are merged one by one
-            for end, length in zip(np.cumsum(lengths)[many:], lengths[many:]):
-                long = self.tokenizer.merge_word(text[end - length:end].tobytes())
-                ids, counts = np.append(ids, long), np.append(counts, len(long))
-            self.begins = np.append(self.begins, len(self.ids) + np.cumsum(counts) - counts)
-            self.counts, self.ids = np.append(self.counts, counts), np.append(self.ids, ids.astype(self.ids.dtype))
-        return self.ids[spread(self.begins[numbers], self.counts[numbers])]
+        words = Words(self.table, raw, pretoken_starts(raw, self.special))
+        room = np.zeros(len(self.table.keys) - len(self.counts), np.int64)
+        self.begins, self.counts = np.append(self.begins, room), np.append(self.counts, room)
+        new = words.one_of_each(np.flatnonzero(self.counts[words.numbers] == 0))
+        is_long = words.lengths[new] > LONG
+        short, long = new[~is_long], new[is_long]
+        ids, counts = self.merge(words.text(short), words.lengths[short])
+        merged = [self.tokenizer.merge_word(words.text(long[i:i + 1]).tobytes()) for i in range(len(long))]
+        counts, numbers = np.append(counts, [*map(len, merged)]).astype(np.int64), words.numbers[np.append(short, long)]
+        self.begins[numbers], self.counts[numbers] = len(self.ids) + np.cumsum(counts) - counts, counts
+        self.ids = np.concatenate([self.ids, ids, *merged]).astype(self.ids.dtype)
+        return self.ids[spread(self.begins[words.numbers], self.counts[words.numbers])]
 
-    def merge(self, text: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def merge(self, text: np.ndarray, lengths: np.ndarray, show: Callable = lambda symbols: None) -> tuple:
         """Tokenizer.merge_word for many words at once, end to end in text. Returns: their ids, and how many of each.
 
         The words stand in a row with links, as in merge_words. In every round each word joins its pair of lowest rank,
@@ -686,7 +666,8 @@ class FastEncoder:
         cost = np.full(len(symbol), NEVER)                      # of the pair that starts here: its rank, then its place
         at = np.arange(len(symbol) - 1)
         while words.size:
-            rank = self.ranks.get(((symbol[at] << 32) + symbol[following[at]]).view(np.uint64)).astype(np.int64)
+            show(symbol)
+            rank, _ = self.ranks.find(((symbol[at] << 32) + symbol[following[at]]).view(np.uint64))
             cost[at] = np.where(rank == 0, NEVER, rank << 32 | at)
             best = np.minimum.reduceat(cost, words)             # words that are done stand in between, and cost NEVER
             words, best = words[best < NEVER], best[best < NEVER]
@@ -702,18 +683,6 @@ class FastEncoder:
 
 # ---- Whole files -----------------------------------------------------------------------------------------------------
 
-def progress(what: str, total: float, log: Log) -> Callable[[float], None]:
-    """A function to call with the amount done; it logs a line with the time left every two seconds."""
-    began = last = time.monotonic()
-
-    def report(done: float) -> None:
-        nonlocal last
-        if log and (now := time.monotonic()) - last >= 2:
-            last, left = now, (now - began) * (total - done) / done
-            log(f"{what} {done:,.0f}/{total:,.0f} | {now - began:.0f}s | eta {left:.0f}s")
-    return report
-
-
 def share(*state: Any) -> None:
     """Gives a process what all its jobs need, once."""
     global SHARED
@@ -725,14 +694,18 @@ def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterab
     """function(ranges) for every `step` ranges of a file, in order, by processes in which SHARED is (path, shared)."""
     if (size := os.path.getsize(path)) == 0:
         raise ValueError(f"{path} is empty; give it some text")
-    ranges, report = file_ranges(path, special_tokens), progress(f"{function.__name__}: bytes", size, log)
+    ranges = file_ranges(path, special_tokens)
     jobs = list(iter(lambda: list(itertools.islice(ranges, step)), []))
-    num_processes = max(1, min(num_processes or os.cpu_count() or 1, len(jobs)))
+    num_processes = min(num_processes or os.cpu_count() or 1, len(jobs))
     share(path, shared)
-    with ProcessPoolExecutor(num_processes, initializer=share, initargs=(path, shared)) as pool:
+    pool = contextlib.nullcontext()
+    if num_processes > 1:
+        pool = concurrent.futures.ProcessPoolExecutor(num_processes, initializer=share, initargs=(path, shared))
+    with pool:
         for job, result in zip(jobs, (pool.map if num_processes > 1 else map)(function, jobs)):
             yield result
-            report(job[-1][1])
+            if log and 0 < 10 * job[0][0] // size < 10 * job[-1][1] // size:            # ten times at most
+                log(f"{function.__name__} | {job[-1][1]:,} of {size:,} bytes")
 
 
 def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], num_processes: int | None = None,
@@ -747,13 +720,15 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
     Raises: ValueError for a vocabulary too small, bad special tokens, an empty file or one that is not UTF-8.
     Example: train_bpe("corpus.txt", 10_000, ["<|endoftext|>"])
     """
-    special_pattern(special_tokens)                             # raises if they are no good
-    path, num_merges = os.fspath(input_path), vocab_size - 256 - len(special_tokens)
+    special = re.compile(special_pattern(special_tokens).encode())
+    path, num_merges, words = os.fspath(input_path), vocab_size - 256 - len(special_tokens), Counter()
     if overlapping := [(a, b) for a, b in itertools.permutations(special_tokens, 2) if a in b]:
         raise ValueError(f"special tokens overlap: %r is part of %r; leave one out of the training" % overlapping[0])
     if num_merges < 0:
         raise ValueError(f"vocab_size {vocab_size} is too small for {vocab_size - num_merges} bytes and special tokens")
-    merges = merge_words(*count_file(path, special_tokens, num_processes, log), num_merges, tie_key, log)
+    for counts in over_file(count_words, path, special, special_tokens, num_processes, log, 8):
+        words.update(counts)
+    merges = merge_words(words, num_merges, tie_key, log)
     if len(merges) < num_merges and log:
         log(f"stopped early: no pair is left after {len(merges):,} merges of {num_merges:,}")
     tokens = [bytes([i]) for i in range(256)] + [s.encode() for s in special_tokens] + [a + b for a, b in merges]
@@ -773,13 +748,13 @@ def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_p
     Written whole or not at all. Returns: the number of tokens. Raises: ValueError for an empty file or one not UTF-8.
     """
     path, total = os.fspath(text_path), 0
-    with whole_file(npy_path) as f:
-        f.seek(128)                                             # room for the header, which holds the length
+    with write_whole(npy_path) as f:
+        header = {"descr": tokenizer.dtype.str, "fortran_order": False, "shape": (0,)}
+        np.lib.format.write_array_header_1_0(f, header)         # with room for the length, not known yet
         for ids in over_file(encode_range, path, tokenizer, tokenizer.special_tokens, num_processes, log):
             total += f.write(ids) // ids.itemsize
-        header = f"{{'descr': '{tokenizer.dtype.str}', 'fortran_order': False, 'shape': ({total},), }}"
         f.seek(0)
-        f.write(b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n")
+        np.lib.format.write_array_header_1_0(f, header | {"shape": (total,)})
     return total
 
 
@@ -796,25 +771,25 @@ def example(special_tokens: Iterable[str] = ()) -> Tokenizer:
 
 
 def walk_through() -> None:
-    """A small training and a small encoding, with what the fast version sees."""
+    """A small training, then what the fast version sees when it encodes a short sentence."""
     print("words   ", ", ".join(f"{word.decode()} x{count}" for word, count in EXAMPLE.items()))
     for rank, (a, b) in enumerate(merge_words_plain(EXAMPLE, 6)):
         print(f"merge {rank}  {a.decode()} + {b.decode()}")
-    text, tokenizer = "It's lower,  the newest.", example()
-    starts = pretoken_starts(text.encode(), tokenizer.fast.special)
-    print(f"text     {text}\nclasses  {''.join('?_ a1.'[i] for i in classify(np.frombuffer(text.encode(), np.uint8)))}")
+    text, encoder, rounds = "It's lower,  the newest.", example().fast, itertools.count()
+    data, starts = np.frombuffer(text.encode(), np.uint8), pretoken_starts(text.encode(), encoder.special)
+    print(f"text     {text}\nclasses  {''.join('?_ a1.'[i] for i in classify(data))}")
     print(f"starts   {''.join('^' if i in starts else ' ' for i in range(len(text)))}")
-    ids = list(b" newest")
-    while known := [pair for pair in zip(ids, ids[1:]) if pair in tokenizer.ranks]:
-        first = min(known, key=tokenizer.ranks.__getitem__)
-        ids = merge_pair(ids, first, tokenizer.ranks[first][1])
-        print(f"rank {tokenizer.ranks[first][0]}   {'|'.join(tokenizer.vocab[i].decode() for i in ids)}")
+
+    def show(symbols: np.ndarray) -> None:
+        names = ("|" if i == GAP else encoder.tokenizer.vocab[i].decode() + "." for i in symbols.tolist() if i != GONE)
+        print(f"round {next(rounds)}  {''.join(names).replace('.|', '|')}")
+    ids, _ = encoder.merge(data, np.diff(starts, append=len(data)), show)
+    print("ids     ", *ids.tolist())
 
 
 def self_check(seed: int = 0) -> None:
     """Fast against plain on random text, and both against known merges. Raises: AssertionError on any difference."""
-    lengths, counts = np.array([len(word) for word in EXAMPLE]), np.array(list(EXAMPLE.values()))
-    assert merge_words_plain(EXAMPLE, 6) == merge_words(b"".join(EXAMPLE), lengths, counts, 6) == EXAMPLE_MERGES
+    assert merge_words_plain(EXAMPLE, 6) == merge_words(EXAMPLE, 6) == EXAMPLE_MERGES
     tokenizer, rng = example(["<|endoftext|>"]), np.random.default_rng(seed)
     pieces = [*"newstlowr '.é\u00a0\u3000字😀\n\t0", "<|endoftext|>", "'ll", "  ", "internationalization"]
     for _ in range(300):
@@ -825,29 +800,25 @@ def self_check(seed: int = 0) -> None:
 
 
 def bench(text: str | None, peer_python: str) -> None:
-    """Speed in this process; then, where tests/fixtures/bpe_peers.py is, whole processes beside other libraries'."""
-    with tempfile.TemporaryDirectory() as folder:
-        if not text:                                            # this Python's own library
-            text, sources = f"{folder}/text", sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py"))
-            Path(text).write_bytes(b"<|endoftext|>".join(filter(bytes.isascii, map(Path.read_bytes, sources))))
-        size, times = os.path.getsize(text) / 1e6, []
-        for _ in range(3):
-            start = time.perf_counter()
-            vocab, merges = train_bpe(text, 10_000, ["<|endoftext|>"], log=None)
-            trained = time.perf_counter()
-            encode_file(Tokenizer(vocab, merges, ["<|endoftext|>"]), text, f"{folder}/ids.npy", 1)
-            times.append((trained - start, time.perf_counter() - trained))
-        for what, taken in zip(("train 10,000, all cores", "encode, one process"), map(sorted, zip(*times))):
-            print(f"{what:24}{taken[1]:6.2f}s  (min {taken[0]:.2f}, max {taken[2]:.2f}){size / taken[1]:8.1f} MB/s")
-        peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"
-        if peers.exists():
-            subprocess.run([peer_python, peers, "table", text, sys.executable, __file__], check=False)
+    """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table."""
+    import subprocess                                           # these three here: they would slow down every start
+    import sysconfig
+    import tempfile
+    peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"
+    if not peers.exists():
+        raise ValueError(f"{peers}, which runs the other libraries, is missing; train and encode print their own time")
+    with tempfile.NamedTemporaryFile() as file:
+        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")) * (text is None):
+            file.write(path.read_bytes().decode("utf-8", "ignore").encode() + b"<|endoftext|>")
+        file.flush()
+        subprocess.run([peer_python, peers, "table", text or file.name, sys.executable, __file__], check=False)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns: its exit code, 2 for a caller's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", nargs="?", choices=["train", "encode", "decode", "inspect", "bench"], help="none: explain itself")
+    add("command", nargs="?", choices=["train", "encode", "decode", "bench"], help="none: explain itself")
     add("--input", help="a UTF-8 text; for decode, a .npy of token ids")
     add("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text (default: print it)")
     add("--tokenizer", default="out/bpe/tokenizer.json")
@@ -856,49 +827,35 @@ def main(argv: list[str] | None = None) -> int:
     add("--processes", type=int, help="default: all cores")
     add("--peer-python", default=sys.executable, help="bench: a python that has tiktoken, tokenizers and rustbpe")
     add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args, began, log = parser.parse_args(argv), time.monotonic(), functools.partial(print, file=sys.stderr, flush=True)
     try:
-        run(args, functools.partial(print, file=sys.stderr, flush=True))
-        return 0
+        if args.command is None:
+            walk_through()
+            self_check(args.seed)
+            print("fast = plain = known merges, there and back  OK")
+        elif args.command == "bench":
+            bench(args.input, args.peer_python)
+        elif not args.input or args.command == "encode" and not args.out:
+            raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
+        elif args.command == "train":
+            special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
+            vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes, log)
+            Tokenizer(vocab, merges, special).save(out)
+            size = os.path.getsize(args.input)
+            print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.monotonic() - began:.1f}s")
+        elif args.command == "encode":
+            count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes, log)
+            size = os.path.getsize(args.input)
+            print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in "
+                  f"{time.monotonic() - began:.1f}s")
+        else:
+            text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
+            with write_whole(args.out) if args.out else contextlib.nullcontext(sys.stdout.buffer) as f:
+                f.write(text.encode())
     except (ValueError, OSError) as e:
         print(f"bpe.py: {e}", file=sys.stderr)
         return 2
-
-
-def run(args: argparse.Namespace, log: Log) -> None:
-    """Carries out one command. Raises: ValueError or OSError with a line for the user."""
-    began, size = time.perf_counter(), os.path.getsize(args.input) if args.input else 0
-    if args.command is None:
-        walk_through()
-        self_check(args.seed)
-        print("fast = plain = known merges, there and back  OK")
-    elif args.command == "bench":
-        bench(args.input, args.peer_python)
-    elif args.command != "inspect" and not args.input or args.command == "encode" and not args.out:
-        raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
-    elif args.command == "train":
-        special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
-        vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes, log)
-        Tokenizer(vocab, merges, special).save(out)
-        print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.perf_counter() - began:.1f}s")
-    elif args.command == "encode":
-        count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes, log)
-        print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in "
-              f"{time.perf_counter() - began:.1f}s")
-    elif args.command == "decode":
-        text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
-        with whole_file(args.out) if args.out else nullcontext(sys.stdout.buffer) as f:
-            f.write(text.encode())
-    else:
-        tokenizer = Tokenizer.from_file(args.tokenizer)
-        longest = sorted(tokenizer.vocab.values(), key=len, reverse=True)[:10]
-        print(f"{len(tokenizer.vocab):,} tokens, special {list(tokenizer.special_tokens)}, longest:",
-              ", ".join(repr(token.decode("utf-8", "replace")) for token in longest))
-        if args.input:
-            ranges = file_ranges(args.input, tokenizer.special_tokens)
-            count = sum(len(tokenizer.encode_bytes(read_range(args.input, *stretch))) for stretch in ranges)
-            print(f"{args.input}: {size:,} bytes, {count:,} tokens, {size / max(count, 1):.3f} bytes a token, "
-                  f"{size / (time.perf_counter() - began) / 1e6:.1f} MB/s in one process")
+    return 0
 
 
 if __name__ == "__main__":
