@@ -11,10 +11,7 @@ Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
             ...
             text     It's lower,  the newest.
-            classes  aa.a_aaaaa.__aaa_aaaaaa.
             starts   ^ ^ ^     ^^^   ^      ^
-            round 0  |I.t|'.s| .l.o.w.e.r|,| | .t.h.e| .n.e.w.e.s.t|.|
-            round 1  |I.t|'.s| .l.ow.e.r|,| | .t.h.e| .n.e.w.e.st|.|
             ...
             fast = plain = known merges, there and back  OK
 """
@@ -40,7 +37,6 @@ import regex
 # Dims: N bytes of text, P pre-tokens ("words" once they are cut), W distinct ones
 Log, Source, Pair = Callable[[str], None] | None, str | os.PathLike, tuple[bytes, bytes]
 CHUNK, WINDOW = 1 << 21, 1 << 16    # bytes of a file handled at a time; where a place to cut it is looked for
-LONG = 64                           # bytes; words over this are merged one by one
 
 # ---- Pre-tokenization: merges never cross the borders of these pieces ------------------------------------------------
 
@@ -62,44 +58,28 @@ def special_pattern(special_tokens: Iterable[str]) -> str:
 
 
 def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
-    """The last place where raw can be cut so that each side gives the tokens it gives in the whole; 0 if none is seen.
+    """The last place seen where raw can be cut so that each side gives the ids that it gives in the whole; else 0.
 
     A special token or a pre-token starts there, whatever the pattern, and the characters on both sides are neighbours
     in no special token. Holds for any text before and after raw, which may start and end within a character.
     """
-    start = max(0, len(raw) - WINDOW)
-    while start < len(raw) and raw[start] & 0xC0 == 0x80:       # forward to the first byte of a character
-        start += 1
-    text = raw[start:].decode("utf-8", "ignore")
+    tail = raw[-WINDOW:].lstrip(bytes(range(0x80, 0xC0)))       # from the first byte of a character on
+    text = tail.decode("utf-8", "ignore")
     for match in regex.finditer(f"{CUT}|(?={special_pattern(special_tokens)})", text, pos=1):
         if not any(text[match.start() - 1:match.start() + 1] in token for token in special_tokens):
-            return start + len(text[:match.start()].encode())
+            return len(raw) - len(tail) + len(text[:match.start()].encode())
     return 0
-
-
-def safe_chunks(pieces: Iterable[bytes], special_tokens: Iterable[str], size: int) -> Iterator[bytes]:
-    """The joined pieces, cut again where it is safe, in chunks of about `size` bytes."""
-    rest, want = bytearray(), size
-    for piece in pieces:
-        rest += piece
-        if len(rest) >= want:
-            if cut := safe_cut(rest, special_tokens):
-                yield bytes(rest[:cut])
-                del rest[:cut]
-            want = max(size, 2 * len(rest))
-    yield bytes(rest)
 
 
 def file_ranges(path: str, special_tokens: Iterable[str]) -> Iterator[tuple[int, int]]:
     """Stretches (start, end) of about CHUNK bytes into which a file can be cut; reads a window at each end only."""
-    size, window = os.path.getsize(path), min(WINDOW, CHUNK)
-    cuts = {0, size}
+    cuts, size, window = {0}, os.path.getsize(path), min(WINDOW, CHUNK)
     with open(path, "rb") as f:
         for start in range(CHUNK - window, size - window, CHUNK):
             f.seek(start)
             if cut := safe_cut(f.read(window), special_tokens):
                 cuts.add(start + cut)
-    return itertools.pairwise(sorted(cuts))
+    return itertools.pairwise(sorted(cuts | {size}))
 
 
 def read_range(path: str, start: int, end: int) -> bytes:
@@ -126,32 +106,26 @@ def count_words_plain(path: str, special_tokens: list[str]) -> dict[bytes, int]:
     return {word.encode(): count for word, count in counts.items()}
 
 
-def merge_pair(symbols: list[bytes], pair: Pair) -> list[bytes]:
-    """Joins the pair from left to right: merge_pair([b"a", b"a", b"a"], (b"a", b"a")) -> [b"aa", b"a"]."""
-    out: list[bytes] = []
-    for symbol in symbols:
-        if out and (out[-1], symbol) == pair:
-            out[-1] += symbol
-        else:
-            out.append(symbol)
-    return out
-
-
 def merge_words_plain(word_counts: dict[bytes, int], num_merges: int) -> list[Pair]:
-    """arXiv:1508.07909, Algorithm 1: joins the most frequent pair of neighbours, of several the greatest.
+    """arXiv:1508.07909, Algorithm 1: joins the most frequent pair of neighbours, of several the greatest, again.
 
     Example: merge_words_plain({b"low": 5, b"lower": 2}, 1) -> [(b"o", b"w")]    # as frequent as (b"l", b"o")
     """
     words, merges = {word: [bytes([byte]) for byte in word] for word in word_counts}, []
-    for _ in range(num_merges):
+    while len(merges) < num_merges:
         pair_count: Counter[Pair] = Counter()
         for word, symbols in words.items():
             for pair in zip(symbols, symbols[1:]):
                 pair_count[pair] += word_counts[word]
         if not pair_count:
             break
-        merges.append(max(pair_count, key=lambda pair: (pair_count[pair], pair)))
-        words = {word: merge_pair(symbols, merges[-1]) for word, symbols in words.items()}
+        left, right = max(pair_count, key=lambda pair: (pair_count[pair], pair))
+        merges.append((left, right))
+        for symbols in words.values():
+            for i in range(len(symbols) - 1):                   # joined symbols leave an empty one to their right
+                if (symbols[i], symbols[i + 1]) == (left, right):
+                    symbols[i], symbols[i + 1] = left + right, b""
+            symbols[:] = filter(None, symbols)
     return merges
 
 
@@ -203,8 +177,15 @@ class Tokenizer:
 
     def encode_iterable(self, chunks: Iterable[str], size: int = WINDOW) -> Iterator[int]:
         """The ids of the joined chunks, however they are cut, from little more than `size` bytes of text at a time."""
-        for raw in safe_chunks(map(str.encode, chunks), self.special_tokens, size):
-            yield from self.encode_bytes(raw).tolist()
+        rest, want = bytearray(), size
+        for chunk in chunks:
+            rest += chunk.encode()
+            if len(rest) >= want:
+                cut = safe_cut(rest, self.special_tokens)
+                yield from self.encode_bytes(bytes(rest[:cut])).tolist()
+                del rest[:cut]
+                want = max(size, 2 * len(rest))
+        yield from self.encode_bytes(bytes(rest)).tolist()
 
     def encode_bytes(self, raw: bytes) -> np.ndarray:
         """The ids of valid UTF-8, as uint16 if the vocabulary fits and uint32 otherwise."""
@@ -281,18 +262,16 @@ class Tokenizer:
         with explained(f"{os.fspath(tokenizer_json)} is no tokenizer.json of a byte-level BPE that can be read"):
             document = json.loads(Path(tokenizer_json).read_bytes())
             model, steps = document["model"], document["pre_tokenizer"]
-            steps, splits = steps.get("pretokenizers", [steps]), []
-            for step in steps:
-                if step.get("use_regex", True):
-                    splits.append(PATTERNS["gpt2"] if step["type"] == "ByteLevel" else step["pattern"]["Regex"])
+            steps = steps.get("pretokenizers", [steps])
+            splits = [PATTERNS["gpt2"] if step["type"] == "ByteLevel" else step["pattern"]["Regex"]
+                      for step in steps if step.get("use_regex", True)]
             pattern = next((name for name in PATTERNS if splits == [PATTERNS[name]]), None)
             added = {token["content"]: token for token in document.get("added_tokens") or []}
             normalize = (document.get("normalizer") or {}).get("type")
             odd = [f"{key} = {part[key]!r}" for part in (model, *added.values(), *steps) for key in part
                    if part[key] and key in UNSUPPORTED]
             if odd or not pattern or normalize not in (None, "NFC"):
-                raise ValueError(f"it splits by {splits}, normalizes by {normalize}, sets {odd}; known are the patterns"
-                                 f" of {', '.join(PATTERNS)}, NFC or none, and no {', '.join(UNSUPPORTED)}")
+                raise ValueError(f"it splits by {splits}, normalizes by {normalize}, sets {odd}")
             vocab, merges = from_printable(model["vocab"], model["merges"], added)
             vocab.update({token["id"]: content.encode() for content, token in added.items()})
             tokenizer = cls(vocab, merges, list(added), pattern=pattern, normalize=normalize,
@@ -307,17 +286,17 @@ class Tokenizer:
         """Writes a Hugging Face tokenizer.json, which `tokenizers`, `transformers` and vLLM load."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": PATTERNS[self.pattern]}, "behavior": "Isolated", "invert": False}
+        steps = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         text = {token: token.decode("latin-1").translate(byte_to_unicode()) for token in self.vocab.values()}
         names = {i: text[token] for i, token in self.vocab.items()} | {i: s for s, i in self.special_tokens.items()}
+        added = sorted((i, content) for content, i in self.special_tokens.items())
         document = {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": s, **flags, **self.added.get(s, {})}
-                             for s, i in sorted(self.special_tokens.items(), key=lambda item: item[1])],
+            "version": "1.0", "truncation": None, "padding": None, "decoder": byte_level,
+            "added_tokens": [{"id": i, "content": s, **flags, **self.added.get(s, {})} for i, s in added],
             "normalizer": {"type": self.normalize} if self.normalize else None,
-            "pre_tokenizer": byte_level if self.pattern == "gpt2" else
-                             {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]},
-            "post_processor": self.post_processor or byte_level | {"trim_offsets": False}, "decoder": byte_level,
+            "pre_tokenizer": byte_level if self.pattern == "gpt2" else steps,
+            "post_processor": self.post_processor or byte_level | {"trim_offsets": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
                       "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": self.ignore_merges, "vocab": {names[i]: i for i in sorted(names)},
@@ -333,12 +312,8 @@ UNSUPPORTED = ("add_prefix_space", "invert", "dropout", "continuing_subword_pref
 def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges ("left right" or [left, right]) from the byte_to_unicode form, but for tokens in clear."""
     bytes_of = {ord(char): byte for byte, char in byte_to_unicode().items()}
-    names = [text for text in vocab if text not in clear]
-    data = "".join(names).translate(bytes_of).encode("latin-1")                         # a character is a byte
-    ends = itertools.accumulate(map(len, names))
-    tokens = {text: text.encode() for text in clear}
-    tokens |= {text: data[end - len(text):end] for text, end in zip(names, ends)}
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    tokens = {text: text.encode() if text in clear else text.translate(bytes_of).encode("latin-1") for text in vocab}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return {i: tokens[text] for text, i in vocab.items()}, [(tokens[a], tokens[b]) for a, b in pairs]
 
 
@@ -395,9 +370,9 @@ BYTE_CLASS = classify(np.frombuffer(ASCII, np.uint8)).tobytes() + bytes([OTHER])
 def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     """Where GPT-2's pre-tokens start in UTF-8 bytes; a special token counts as one. Returns int64 (P,).
 
-    Whether a pre-token starts at a character depends on the classes of three, the one before, itself and the next: one
-    table stands for the regular expression. Two things do not fit and are put right where they occur: contractions, and
-    characters of several bytes, of which only the first may start a pre-token.
+    Whether one starts at a character depends on the classes of three, the one before, itself and the next: a table
+    stands for the regular expression. Put right afterwards, where they occur: contractions, and characters of several
+    bytes, of which only the first may start a pre-token.
     """
     N, data = len(raw), np.frombuffer(raw + bytes(2), np.uint8)
     padded = np.frombuffer(bytearray(b"\0%b\0\0" % raw.translate(BYTE_CLASS)), np.uint8)       # EDGE on either side
@@ -431,15 +406,18 @@ def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
+ODD = np.uint64(0x9E3779B97F4A7C15)                             # 2**64 over the golden ratio: Knuth, volume 3, 6.4
+ONES, JOINED = np.uint64(2**64 - 1), np.uint64(0xFE << 56)      # of the bytes 0xFF and 0xFE, which UTF-8 never has
+
+
 class KeyTable:
-    """Numbers distinct uint64 keys 1, 2, 3, ...: a dict for whole arrays at a time. 2**64 - 1 is no key.
+    """Numbers distinct uint64 keys 1, 2, 3, ...: a dict for whole arrays at a time. ONES is no key.
 
-    A hash table with open addressing: a key's number is in the slot that its product with a large odd number names, or
-    in the next one that was free. Number 0 marks a free slot.
+    A hash table with open addressing: a key's number is in the slot that its product with ODD names, or in the next one
+    that was free. Number 0 marks a free slot.
     """
-
     def __init__(self):
-        self.keys, self.slots = np.array([2**64 - 1], np.uint64), np.zeros(1 << 12, np.int32)
+        self.keys, self.slots = np.array([ONES]), np.zeros(1 << 12, np.int32)
         np.empty(31 << 20, np.uint8)    # freed at once: glibc then keeps arrays up to this size for the next chunk
 
     def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -473,10 +451,6 @@ class KeyTable:
         return numbers
 
 
-ODD = np.uint64(0x9E3779B97F4A7C15)                             # 2**64 over the golden ratio: Knuth, volume 3, 6.4
-ONES, JOINED = np.uint64(2**64 - 1), np.uint64(0xFE << 56)      # of the bytes 0xFF and 0xFE, which UTF-8 never has
-
-
 class Words:
     """A chunk of text cut into words, and the number of each in a table that may have seen others.
 
@@ -484,7 +458,6 @@ class Words:
     cut into rows of eight bytes; neighbours are joined to pairs, these to pairs of pairs, until one is left. The key of
     a pair is made of its two numbers. No key is a hash, so different words never have the same number.
     """
-
     def __init__(self, table: KeyTable, raw: bytes, starts: np.ndarray):
         self.table, self.raw, self.starts = table, raw, starts                          # starts: int64 (P,)
         self.lengths = lengths = np.diff(starts, append=len(raw))
@@ -495,8 +468,8 @@ class Words:
         row = spread(np.zeros_like(rows), rows)                 # of all long words: 0, 1, 2, ... from each word's start
         left = np.repeat(rows, rows) - row                      # and how many there are from here to its end
         at = np.repeat(starts[long], rows) + 8 * row
-        own = np.repeat((starts + lengths)[long], rows) - at    # bytes; shifted by 64 bits or more, ONES are 0
-        parts = table.number(eight[at] | ONES << (8 * own).view(np.uint64))
+        own = 8 * (np.repeat((starts + lengths)[long], rows) - at)      # bits; shifted by 64 or more, ONES are 0
+        parts = table.number(eight[at] | ONES << own.view(np.uint64))
         while len(parts) > len(long):
             even = np.flatnonzero(row & 1 == 0)
             pair = even[left[even] > 1]
@@ -529,13 +502,12 @@ def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
     return {word: int(counts[number]) for word, number in number_of.items() if not special.fullmatch(word)}
 
 
+def greatest_first(left: int, right: int, tokens: list[bytes]) -> tuple[list[int], ...]:
+    """A key by which the greatest pair sorts first: each byte less than zero, a string before those that it begins."""
+    return tuple([-byte for byte in tokens[i]] + [1] for i in (left, right))
+
+
 GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
-MIRROR = bytes(range(255, -1, -1))
-
-
-def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
-    """A key by which the greatest pair sorts first: bytes mirrored, each string ended by a mark above all of them."""
-    return "\u0100".join([tokens[i].translate(MIRROR).decode("latin-1") for i in (left, right)]) + "\u0100"
 
 
 def in_a_row(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -549,10 +521,10 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
                 log: Log = None) -> list[Pair]:
     """merge_words_plain on flat arrays.
 
-    All words stand in one row. What is merged away stays there until the row is next closed up; links jump over it. For
-    each pair a heap has its count and `places` the positions where it was seen, both of them upper bounds (new places
-    come with new symbols only): a pair that is popped is counted again. Pairs rarer than `floor` are left out until the
-    heap is empty; then the row is closed up and all pairs are taken anew, with a lower floor.
+    All words stand in one row. What is merged away stays there, and links jump over it. For each pair a heap has its
+    count, and `places` where it was seen, both upper bounds (new places come with new symbols only): a pair that is
+    popped is counted again. Pairs rarer than `floor` are left out until the heap is empty; then the row is closed up
+    and all pairs are taken anew, with a lower floor.
     """
     lengths, counts = np.array([*map(len, word_counts)], np.int64), np.array([*word_counts.values()], np.int64)
     symbol = in_a_row(np.frombuffer(b"".join(word_counts), np.uint8), lengths)
@@ -605,9 +577,10 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
         before = preceding[at]
         x, y = symbol[before], symbol[after]
         has_x, has_y = (x >= 0) & (x != new), y >= 0            # (new, new) is counted once, by its left half
-        keys, at = np.concatenate([2 * x[has_x], 2 * y[has_y] + 1]), np.concatenate([before[has_x], at[has_y]])
+        keys = np.concatenate([2 * x[has_x], 2 * y[has_y] + 1])
         if keys.size:
-            remember(keys, at, lambda key: (new, key >> 1) if key & 1 else (key >> 1, new))
+            remember(keys, np.concatenate([before[has_x], at[has_y]]),
+                     lambda key: (new, key >> 1) if key & 1 else (key >> 1, new))
         if log and len(merges) % 1000 == 0:
             log(f"merge {len(merges):,} of {num_merges:,} | {count:,} times {tokens[-1]}")
     return merges
@@ -619,6 +592,7 @@ class FastEncoder:
     Words that are met for the first time are merged, all of them together.
     """
     max_words = 1 << 20                                         # remembered; then the tables start anew
+    long = 64                                                   # bytes; words over this are merged one by one
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, pairs = tokenizer, np.array(list(tokenizer.ranks), np.int64).reshape(-1, 2)
@@ -645,7 +619,7 @@ class FastEncoder:
         room = np.zeros(len(self.table.keys) - len(self.counts), np.int64)
         self.begins, self.counts = np.append(self.begins, room), np.append(self.counts, room)
         new = words.one_of_each(np.flatnonzero(self.counts[words.numbers] == 0))
-        is_long = words.lengths[new] > LONG
+        is_long = words.lengths[new] > self.long
         short, long = new[~is_long], new[is_long]
         ids, counts = self.merge(words.text(short), words.lengths[short])
         merged = [self.tokenizer.merge_word(words.text(long[i:i + 1]).tobytes()) for i in range(len(long))]
@@ -654,7 +628,7 @@ class FastEncoder:
         self.ids = np.concatenate([self.ids, ids, *merged]).astype(self.ids.dtype)
         return self.ids[spread(self.begins[words.numbers], self.counts[words.numbers])]
 
-    def merge(self, text: np.ndarray, lengths: np.ndarray, show: Callable = lambda symbols: None) -> tuple:
+    def merge(self, text: np.ndarray, lengths: np.ndarray, rounds: list | None = None) -> tuple:
         """Tokenizer.merge_word for many words at once, end to end in text. Returns: their ids, and how many of each.
 
         The words stand in a row with links, as in merge_words. In every round each word joins its pair of lowest rank,
@@ -666,7 +640,8 @@ class FastEncoder:
         cost = np.full(len(symbol), NEVER)                      # of the pair that starts here: its rank, then its place
         at = np.arange(len(symbol) - 1)
         while words.size:
-            show(symbol)
+            if rounds is not None:
+                rounds.append(symbol.copy())
             rank, _ = self.ranks.find(((symbol[at] << 32) + symbol[following[at]]).view(np.uint64))
             cost[at] = np.where(rank == 0, NEVER, rank << 32 | at)
             best = np.minimum.reduceat(cost, words)             # words that are done stand in between, and cost NEVER
@@ -762,12 +737,7 @@ def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_p
 
 EXAMPLE = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}  # the words of Sennrich et al., section 3.2
 EXAMPLE_MERGES = [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e")]
-
-
-def example(special_tokens: Iterable[str] = ()) -> Tokenizer:
-    """The tokenizer of EXAMPLE_MERGES."""
-    tokens = [bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]
-    return Tokenizer(dict(enumerate(tokens)), EXAMPLE_MERGES, list(special_tokens))
+EXAMPLE_VOCAB = dict(enumerate([bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]))
 
 
 def walk_through() -> None:
@@ -775,22 +745,22 @@ def walk_through() -> None:
     print("words   ", ", ".join(f"{word.decode()} x{count}" for word, count in EXAMPLE.items()))
     for rank, (a, b) in enumerate(merge_words_plain(EXAMPLE, 6)):
         print(f"merge {rank}  {a.decode()} + {b.decode()}")
-    text, encoder, rounds = "It's lower,  the newest.", example().fast, itertools.count()
-    data, starts = np.frombuffer(text.encode(), np.uint8), pretoken_starts(text.encode(), encoder.special)
-    print(f"text     {text}\nclasses  {''.join('?_ a1.'[i] for i in classify(data))}")
-    print(f"starts   {''.join('^' if i in starts else ' ' for i in range(len(text)))}")
-
-    def show(symbols: np.ndarray) -> None:
-        names = ("|" if i == GAP else encoder.tokenizer.vocab[i].decode() + "." for i in symbols.tolist() if i != GONE)
-        print(f"round {next(rounds)}  {''.join(names).replace('.|', '|')}")
-    ids, _ = encoder.merge(data, np.diff(starts, append=len(data)), show)
+    text, encoder, rounds = b"It's lower,  the newest.", Tokenizer(EXAMPLE_VOCAB, EXAMPLE_MERGES).fast, []
+    data, starts = np.frombuffer(text, np.uint8), pretoken_starts(text, encoder.special)
+    ids, _ = encoder.merge(data, np.diff(starts, append=len(data)), rounds)
+    print("text    ", text.decode())
+    print("classes ", "".join("?_ a1."[i] for i in classify(data)))
+    print("starts  ", "".join("^" if i in starts else " " for i in range(len(data))))
+    for i, row in enumerate(rounds):
+        symbols = ("|" if id == GAP else EXAMPLE_VOCAB[id].decode() + "." for id in row.tolist() if id != GONE)
+        print(f"round {i}  {''.join(symbols).replace('.|', '|')}")
     print("ids     ", *ids.tolist())
 
 
 def self_check(seed: int = 0) -> None:
     """Fast against plain on random text, and both against known merges. Raises: AssertionError on any difference."""
     assert merge_words_plain(EXAMPLE, 6) == merge_words(EXAMPLE, 6) == EXAMPLE_MERGES
-    tokenizer, rng = example(["<|endoftext|>"]), np.random.default_rng(seed)
+    tokenizer, rng = Tokenizer(EXAMPLE_VOCAB, EXAMPLE_MERGES, ["<|endoftext|>"]), np.random.default_rng(seed)
     pieces = [*"newstlowr '.é\u00a0\u3000字😀\n\t0", "<|endoftext|>", "'ll", "  ", "internationalization"]
     for _ in range(300):
         text = "".join(rng.choice(pieces, rng.integers(0, 60)))
@@ -801,17 +771,11 @@ def self_check(seed: int = 0) -> None:
 
 def bench(text: str | None, peer_python: str) -> None:
     """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table."""
-    import subprocess                                           # these three here: they would slow down every start
-    import sysconfig
-    import tempfile
+    import subprocess                                           # here, for it would slow down every start
     peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"
     if not peers.exists():
         raise ValueError(f"{peers}, which runs the other libraries, is missing; train and encode print their own time")
-    with tempfile.NamedTemporaryFile() as file:
-        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("**/*.py")) * (text is None):
-            file.write(path.read_bytes().decode("utf-8", "ignore").encode() + b"<|endoftext|>")
-        file.flush()
-        subprocess.run([peer_python, peers, "table", text or file.name, sys.executable, __file__], check=False)
+    subprocess.run([peer_python, peers, "table", text or "", sys.executable, __file__], check=False)
 
 
 def main(argv: list[str] | None = None) -> int:
