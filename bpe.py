@@ -312,7 +312,11 @@ UNSUPPORTED = ("add_prefix_space", "invert", "dropout", "continuing_subword_pref
 def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges ("left right" or [left, right]) from the byte_to_unicode form, but for tokens in clear."""
     bytes_of = {ord(char): byte for byte, char in byte_to_unicode().items()}
-    tokens = {text: text.encode() if text in clear else text.translate(bytes_of).encode("latin-1") for text in vocab}
+    names = [text for text in vocab if text not in clear]
+    data = "".join(names).translate(bytes_of).encode("latin-1")                         # at once: a character is a byte
+    ends = itertools.accumulate(map(len, names))
+    tokens = {text: text.encode() for text in clear}
+    tokens |= {text: data[end - len(text):end] for text, end in zip(names, ends)}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return {i: tokens[text] for text, i in vocab.items()}, [(tokens[a], tokens[b]) for a, b in pairs]
 
