@@ -8,7 +8,7 @@ Source:     Shao et al. 2024, arXiv:2402.03300 (GRPO); DeepSeek-AI 2025, arXiv:2
             Zheng et al. 2025, arXiv:2507.18071 (GSPO); Anthony et al. 2017, arXiv:1705.08439 (expert iteration).
 Deviations: 1. No KL term, as in Dr. GRPO and DAPO. 2. An answer whose advantage is 0 has no gradient; it is counted and
             not computed. 3. The logged entropy is E[-log p] over the sampled tokens, not a sum over the vocabulary.
-Copy:       this file alone; needs torch. run() alone imports siblings (bpe, model, optim, sft). MIT.
+Copy:       this file alone; needs torch. run(), open_engine() and train_grpo() import siblings. MIT.
 Run:        python grpo.py --explain
             truth 0.5 | </think> <answer> 0.4 </answer>                  reward 0  advantage -0.8660
             truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
@@ -132,14 +132,10 @@ def same_answer(given: str, truth: str, depth: int = 0) -> bool:
     (left, parts, right), (other_left, others, other_right) = lists
     if (left, right) != (other_left, other_right) or len(parts) != len(others) or len(parts) > 16:
         return False
-    if left in "([" and left:
+    if left in ("(", "["):
         return all(same_answer(p, q, depth + 1) for p, q in zip(parts, others))
-    for part in parts:                                     # {1, 2} and the bare "1, 2" are sets: any order
-        match = next((q for q in others if same_answer(part, q, depth + 1)), None)
-        if match is None:
-            return False
-        others.remove(match)
-    return True
+    pairs = [[same_answer(p, q, depth + 1) for q in others] for p in parts]    # {1, 2} and a bare "1, 2" are sets
+    return all(map(any, pairs)) and all(map(any, zip(*pairs)))
 
 def bare_text(text: str) -> str:
     """Text without case, spaces (but those between digits), braces and backslashes; '(C)' becomes 'c'."""
@@ -181,9 +177,7 @@ def question_only_reward(response: str, ground_truth) -> dict[str, float]:
     r"""1 for a right answer in the last `\boxed{}` of the response, otherwise 0; for prompts without a format."""
     return graded(balanced_box(response), ground_truth)
 
-
 # ---------------------------------------------------------------- the algorithms, each next to its equation
-
 def masked_mean(tensor: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of the entries where mask is true, along `dim` or over all. NaN where the mask is empty (0 / 0): silence
     would hide an empty response. Example: masked_mean([1, 2, 3], [1, 1, 0]) -> 1.5"""
@@ -242,10 +236,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, cliprange) -> tuple[Ten
 def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor,
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
-
-    Args: advantages (B, 1), policy_log_probs and old_log_probs (B, T), cliprange a number, (low, high), or None.
-    Returns: loss (B, T); metadata "clipped" (bool) and "ratio", (B, T).
-    """
+    advantages (B, 1); log-probs (B, T); cliprange as in clip_range, or None. Returns: loss (B, T); metadata "clipped"
+    (bool) and "ratio", (B, T)."""
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
     return clipped_surrogate(ratio, column(advantages, policy_log_probs), cliprange)
 
@@ -257,19 +249,18 @@ def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_prob
     loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs), cliprange)
     return loss.expand_as(policy_log_probs), {k: v.expand_as(policy_log_probs) for k, v in metadata.items()}
 
-LOSS_TYPES = {"no_baseline": ("raw_rewards",), "reinforce_with_baseline": ("advantages",),
-              "grpo_no_clip": ("advantages", "old_log_probs"),
-              "grpo_clip": ("advantages", "old_log_probs", "cliprange"),
-              "gspo": ("advantages", "old_log_probs", "cliprange", "response_mask")}
+LOSS_TYPES = {"no_baseline": ["raw_rewards"], "reinforce_with_baseline": ["advantages"],
+              "grpo_no_clip": ["advantages", "old_log_probs"],
+              "grpo_clip": ["advantages", "old_log_probs", "cliprange"],
+              "gspo": ["advantages", "old_log_probs", "cliprange", "response_mask"]}
 
 def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_rewards: Tensor | None = None,
                                  advantages: Tensor | None = None, old_log_probs: Tensor | None = None,
                                  cliprange=None, response_mask: Tensor | None = None) -> tuple[Tensor, dict]:
     """The loss of that name at each token, (B, T), and its metadata. raw_rewards and advantages are (B, 1)."""
+    given = locals()
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
-    given = {"raw_rewards": raw_rewards, "advantages": advantages, "old_log_probs": old_log_probs,
-             "cliprange": cliprange, "response_mask": response_mask}
     if missing := [name for name in LOSS_TYPES[loss_type] if given[name] is None]:
         raise ValueError(f"loss_type {loss_type!r} needs {' and '.join(missing)}")
     if loss_type in ("no_baseline", "reinforce_with_baseline"):
@@ -318,9 +309,7 @@ def grpo_microbatch_train_step(
         metadata["clip_fraction"] = masked_mean(metadata["clipped"].float(), response_mask)
     return loss.detach(), metadata
 
-
 # ---------------------------------------------------------------- engines: token ids in, ids and log-probabilities out
-
 class TorchEngine:
     """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
 
@@ -334,12 +323,12 @@ class TorchEngine:
                  max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
         """num_samples answers to each prompt, a prompt's side by side, with .prompt_ids, .ids, .logprobs (the model's
         own, before temperature), .finish_reason ("stop" or "length") and .text. Stop strings stay in the text."""
-        special = getattr(self.tokenizer, "special_tokens", {})       # a stop string that is one token needs no search
-        return self.generate_fn(
+        special, vocab = self.tokenizer.special_tokens, self.tokenizer.vocab     # a model's table may be the larger one
+        return self.generate_fn(                                      # a stop string that is a token needs no search
             self.model, prompts, max_new_tokens=max_tokens, min_new_tokens=min_tokens, temperature=temperature,
-            num_samples=num_samples, seed=seed, graph=self.graph, decode=functools.partial(text_of, self.tokenizer),
-            stop_strings=[s for s in stop if s not in special],
-            stop_ids=self.stop_ids + [special[s] for s in stop if s in special])
+            num_samples=num_samples, seed=seed, stop_ids=self.stop_ids + [special[s] for s in stop if s in special],
+            stop_strings=[s for s in stop if s not in special], graph=self.graph,
+            decode=lambda ids: self.tokenizer.decode([i for i in ids if i in vocab]))
 
     def sync(self, model) -> None:
         """Takes the trainer's weights, unless they are its own."""
@@ -348,11 +337,6 @@ class TorchEngine:
 
     def sleep(self) -> None:
         """Nothing to give back: the weights are the trainer's, or a copy that is needed again in a moment."""
-
-def text_of(tokenizer, ids) -> str:
-    """The text of ids, without those that the tokenizer lacks: a model's table is often padded beyond it (Qwen2.5:
-    151,936 rows for 151,665 tokens), and an untrained model samples from all of it."""
-    return tokenizer.decode([i for i in ids if i in tokenizer.vocab])
 
 class VllmEngine:
     """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
@@ -384,7 +368,7 @@ class VllmEngine:
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
-                                finish_reason=answer.finish_reason, text=text_of(self.tokenizer, answer.token_ids))
+                                finish_reason=answer.finish_reason, text=answer.text)
                 for output in outputs for answer in output.outputs]
 
     def sync(self, model) -> None:
@@ -412,17 +396,16 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
     import model as model_py
     device = next(model.parameters()).device
     if kind == "vllm":
+        engine = functools.partial(VllmEngine, folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype)
         options = {"sleeps": device == torch.device("cuda", 0)} | options
     else:                                                             # a CUDA graph where model.generate can have one
+        engine = functools.partial(TorchEngine, model, tokenizer, model_py.generate, [end_of_text],
+                                   getattr(torch, dtype))
         options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
     print(f"engine: {kind}, dtype {dtype}" + "".join(f", {key} {value}" for key, value in options.items()))
-    if kind == "vllm":
-        return VllmEngine(folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype, **options)
-    return TorchEngine(model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype), **options)
-
+    return engine(**options)
 
 # ---------------------------------------------------------------- the loop
-
 @dataclass(frozen=True)
 class GRPOConfig:
     """One run. Batches and groups are counted in answers, lengths in tokens."""
@@ -458,20 +441,14 @@ class GRPOConfig:
             if field.type == "int" and field.name not in ("seed", "checkpoint_every") and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
         for name in ("group_size", "train_batch_size"):
-            if self.rollout_batch_size % getattr(self, name):
-                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} "
-                                 f"{getattr(self, name)}")
+            if self.rollout_batch_size % (divisor := getattr(self, name)):
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
         if self.max_tokens < self.min_tokens or not self.temperature > 0:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}, or temperature "
                              f"{self.temperature} is not above 0")
         if self.importance_cap and self.temperature != 1:
             raise ValueError("importance_cap needs temperature 1: engines report log-probabilities before temperature")
-        clip_range(self.clip)
-
-    @property
-    def clip(self) -> tuple[float, float]:
-        """What clip_range takes."""
-        return self.cliprange, self.cliprange_high or self.cliprange
+        clip_range((self.cliprange, self.cliprange_high or self.cliprange))
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Rows in groups of rows x longest row <= max_tokens (a longer row goes alone), sorted, as like lengths pad little.
@@ -499,7 +476,7 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
     """
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
-    sums = Counter(updates=1)
+    sums, cliprange = Counter(updates=1), (config.cliprange, config.cliprange_high or config.cliprange)
     for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
@@ -514,7 +491,7 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
         weights = (before - engine).exp().clamp(max=config.importance_cap) if config.importance_cap else None
         loss, metadata = grpo_microbatch_train_step(
             log_probs, mask, share, config.loss_type, raw_rewards[members].to(device), advantages[members].to(device),
-            before, config.clip, length_normalization=config.length_normalization,
+            before, cliprange, length_normalization=config.length_normalization,
             normalize_constant=config.max_tokens, importance_weights=weights)
         sums.update(loss=float(loss), tokens=tokens, gap=float((before - engine)[mask].abs().sum()),
                     trained=sum(length_of(answers[i]) for i in members),
@@ -526,31 +503,26 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
     return sums
 
 def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfig, *, reward_fn: Callable,
-               encode: Callable, score: Callable, evaluate: Callable, clip: Callable, write_whole: Callable,
-               stop=("</answer>",), run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
+               encode: Callable, score: Callable, evaluate: Callable, clip: Callable, stop=("</answer>",),
+               run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
                log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
 
     problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
-    problems. write_whole(path): opens a file to write, and keeps what it holds only if that is whole (as in sft.py).
-    Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
+    problems. Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
     Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
     """
+    from train import load_checkpoint, read_checkpoint, save_checkpoint, write_whole
     first, history, G, parameters = 0, [], config.group_size, [p for p in model.parameters() if p.requires_grad]
     if len(problems) < (questions := config.rollout_batch_size // G):
         raise ValueError(f"{len(problems)} problems are too few for {questions} different ones a step")
     last = os.path.join(run_dir, "last.pt") if run_dir else None
     if resume and last and os.path.exists(last):
-        try:
-            state = torch.load(last, map_location="cpu", weights_only=True)
-        except Exception as error:                                    # torch raises whatever pickle and zip raise
-            raise ValueError(f"{last} cannot be read ({type(error).__name__}); remove it to start anew") from None
+        state = read_checkpoint(last)
         if changed := [k for k, v in asdict(config).items() if state["config"].get(k) != v and k != "steps"]:
             raise ValueError(f"{last} was made with another {', '.join(changed)}; resume with the same settings")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, history = state["step"], state["history"]
+        first, history = load_checkpoint(state, model, optimizer), state["history"]
         log(f"resumed from {last} at step {first}")
     started = time.perf_counter()
 
@@ -593,8 +565,9 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         for _ in range(config.epochs_per_rollout):
             draw.shuffle(used)
             for rows in (used[i:i + size] for i in range(0, len(used), size)):
-                sums.update(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows], raw[rows],
-                                   [old[i] for i in rows] if old else None, settings, clip))
+                before = [old[i] for i in rows] if old else None
+                sums.update(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows],
+                                   raw[rows], before, settings, clip))
         # 4. What happened
         train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
         updates, computed = max(sums["updates"], 1), max(sums["tokens"], 1)
@@ -615,9 +588,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         due, every = step + 1 == config.steps, config.checkpoint_every
         record(line | (evaluate() if due or (step + 1) % config.eval_every == 0 else {}))
         if last and every and (due or (step + 1) % every == 0):
-            with write_whole(last) as file:
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                            "history": history, "config": asdict(config)}, file)
+            save_checkpoint(model, optimizer, step + 1, last, history=history, config=asdict(config))
     return history
 
 def mean(values) -> float | None:
@@ -625,9 +596,7 @@ def mean(values) -> float | None:
     values = list(values)
     return sum(values) / len(values) if values else None
 
-
 # ---------------------------------------------------------------- explain, check, time, run
-
 def self_check() -> float:
     """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
 
@@ -678,7 +647,6 @@ def table(run_dirs: list[str]) -> None:
         print(form.format(folder[-28:], *shown[:2], curve, *shown[2:], f"{seconds:.0f}"))
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
-COIN = "by a hash of the answer, to time steps of a model that knows nothing"
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: trains, or prints tables, timings or the walk-through; returns the exit code."""
@@ -691,8 +659,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
     add("--engine", default="vllm" if cuda and importlib.util.find_spec("vllm") else "torch", choices=["torch", "vllm"],
         help="default: vllm where there is a GPU and it is installed, or else torch; printed at the start")
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help=f"coin: {COIN}")
-    add("--device", default="cuda:0" if cuda else "cpu", help="of training; cuda:1 leaves the first GPU to vLLM")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"],
+        help="coin: by a hash of the answer, to time steps of a model that knows nothing")
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    add("--device", default=devices[0], choices=devices, help="of training; cuda:1 leaves the first GPU to vLLM")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
     add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
     add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
@@ -727,12 +697,11 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     import model as model_py
     import optim
     import sft
-    home, device = f"out/arithmetic-{config.seed}", sft.check_device(args.device)
+    home, device = f"out/arithmetic-{config.seed}", torch.device(args.device)
     source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
     run_dir, dtype = args.run_dir or f"{home}/{config.algorithm}", getattr(torch, args.dtype)
     if args.compile and args.engine == "torch" and dtype == torch.float32:
-        raise ValueError("--compile compiles the trainer's model, which --engine torch shares in float32; "
-                         "add --dtype bfloat16")
+        raise ValueError("--compile needs --dtype bfloat16: in float32, --engine torch shares the trainer's model")
     if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
         raise ValueError("the SFT model could not be made")
     problems = sft.read_problems(data, boxed=balanced_box)
@@ -774,14 +743,12 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused="foreach")
     first, *_, last = train_grpo(
         model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
-        clip=optim.clip_grad_norm_, encode=functools.partial(sft.encode, tokenizer), write_whole=sft.write_whole,
-        run_dir=run_dir, resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
+        clip=optim.clip_grad_norm_, encode=functools.partial(sft.encode, tokenizer), run_dir=run_dir,
+        resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
-    print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir,
-                                  "before": first.get("accuracy"), "after": last.get("accuracy"),
-                                  "greedy_before": first.get("greedy"), "greedy_after": last.get("greedy")}))
-
+    print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir} | {
+        key: [first.get(key), last.get(key)] for key in ("accuracy", "greedy")}))
 
 if __name__ == "__main__":
     sys.exit(main())

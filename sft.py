@@ -8,7 +8,7 @@ Source:     Ouyang et al. 2022, arXiv:2203.02155 (SFT); Taori et al. 2023, Alpac
 Deviations: 1. Packed chunks attend across the documents in them. 2. DPO scores the templated text whole; the prompt's
             share cancels. 3. The embedded demonstrations are right but mostly do not think: what a reward can mend.
             4. Tuning takes minutes and does not resume; a killed run leaves no folder behind.
-Copy:       this file alone; needs torch. run() and make_base() import siblings (bpe, model, optim, train, grpo). MIT.
+Copy:       this file alone; needs torch. What runs the tasks and writes files imports siblings. MIT.
 Run:        python sft.py --explain
             log p of the outputs: -3.992 and -6.185 nats, summed (uniform: -4.796)
             SFT loss: minus their mean over 2 examples, 5.089; by 4 accumulation steps, 1.272
@@ -18,7 +18,6 @@ Run:        python sft.py --explain
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import csv
 import functools
@@ -33,7 +32,7 @@ import time
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Callable, Iterator
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,6 @@ from torch.utils.checkpoint import checkpoint
 # Dims: B sequences, T label positions (one fewer than tokens), D model width, V vocabulary
 
 # ---------------------------------------------------------------- our tokenizer and model, and Hugging Face's
-
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of `text`. Hugging Face's tokenizers add a BOS token unless told otherwise; ours never do."""
     theirs = hasattr(tokenizer, "convert_tokens_to_ids")                  # the mark of a transformers tokenizer
@@ -52,12 +50,10 @@ def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
 
 def end_of_text_id(tokenizer) -> int:
     """The id that ends a document, which pads as well: the mask, never the pad id, says what counts."""
-    if getattr(tokenizer, "eos_token_id", None) is not None:
-        return int(tokenizer.eos_token_id)
-    special_tokens = getattr(tokenizer, "special_tokens", None) or {}
-    for name in ("<|endoftext|>", "<|end_of_text|>", "</s>"):
-        if name in special_tokens:
-            return int(special_tokens[name])
+    special_tokens, theirs = getattr(tokenizer, "special_tokens", None) or {}, getattr(tokenizer, "eos_token_id", None)
+    for found in (theirs, *map(special_tokens.get, ("<|endoftext|>", "<|end_of_text|>", "</s>"))):
+        if found is not None:
+            return int(found)
     raise ValueError(f"the tokenizer has no end-of-text token (its special tokens: {sorted(special_tokens)}); "
                      "train or load it with '<|endoftext|>'")
 
@@ -65,15 +61,11 @@ def device_of(model) -> torch.device:
     """Where the model's first parameter lies."""
     return next(model.parameters()).device
 
-
 # ---------------------------------------------------------------- the tensors of fine-tuning
-
 def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: int) -> dict[str, Tensor]:
-    """Join prompt and output, pad on the right, shift by one.
-
-    Returns: input_ids and labels (B, T), int64, T = longest joined row - 1; response_mask (B, T), bool, true where the
-    *label* is a token of the output. It comes from the lengths: a padding id that is a real token as well (end of text,
-    mostly) must count where it is real and not where it pads.
+    """Join prompt and output, pad on the right, shift by one: input_ids and labels (B, T), int64, T = longest row - 1;
+    response_mask (B, T), bool, true where the *label* is a token of the output. It comes from the lengths: a padding
+    id that is a real token as well (end of text, mostly) counts where it is real and not where it pads.
     Example: prompt [1, 2], output [3, 4] -> input_ids [1, 2, 3], labels [2, 3, 4], mask [0, 1, 1].
     """
     if len(prompt_ids) != len(output_ids) or not prompt_ids:
@@ -102,22 +94,17 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of the next-token distribution: (..., V) -> (...). H = -sum_v p_v log p_v.
-
-    Stable: log p comes from log_softmax, and a token of probability 0 (logit -inf) adds 0, not NaN.
-    Example: compute_entropy([[0, 0]]) -> [0.6931]
-    """
+    """Entropy in nats of the next-token distribution: (..., V) -> (...). H = -sum_v p_v log p_v. Stable: log p comes
+    from log_softmax, and a token of probability 0 (logit -inf) adds 0, not NaN. Example: [[0, 0]] -> [0.6931]"""
     log_probs = at_least_float32(logits).log_softmax(-1)
     probs = log_probs.exp()
     return -(probs * log_probs.masked_fill(probs == 0, 0.0)).sum(-1)
 
 def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
                            return_token_entropy: bool = False) -> dict[str, Tensor]:
-    """log p(label | what came before) at every position.
+    """log p(label | what came before) at every position; input_ids and labels are (B, T), as `collate` makes them.
 
-    Args: input_ids, labels (B, T) as `collate` makes them.
-    Returns: log_probs (B, T) in nats, prompt and padding positions included; with return_token_entropy also
-    token_entropy (B, T), without gradient.
+    Returns: log_probs (B, T) in nats, prompt and padding included; if asked for, token_entropy (B, T), no gradient.
     """
     output = model(input_ids)                                 # a tensor, or transformers' object that holds it
     logits = at_least_float32(getattr(output, "logits", output))                         # (B, T, V)
@@ -142,18 +129,13 @@ def get_response_log_probs_chunked(
     positions at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the
     result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB.
     head_log_probs: that function, or torch.compile of it."""
-    if not hasattr(model, "hidden"):
-        raise ValueError("chunks need model.hidden(ids) and model.lm_head; use get_response_log_probs for other models")
     hidden = model.hidden(input_ids)                                                     # (B, T, D)
     where = torch.ones_like(labels, dtype=torch.bool) if response_mask is None else response_mask.bool()
     parts = [checkpoint(head_log_probs, model.lm_head, rows, targets, return_token_entropy, use_reentrant=False)
              for rows, targets in zip(hidden[where].split(chunk_tokens), labels[where].split(chunk_tokens))]
-    log_probs, entropy = (torch.cat(x) for x in zip(*parts))               # split() of nothing is one empty chunk
-    zeros = torch.zeros(labels.shape, dtype=log_probs.dtype, device=labels.device)
-    result = {"log_probs": zeros.masked_scatter(where, log_probs)}
-    if return_token_entropy:
-        result["token_entropy"] = zeros.masked_scatter(where, entropy.detach())
-    return result
+    values = zip(("log_probs", "token_entropy"), (torch.cat(x) for x in zip(*parts)))    # nothing splits into 1 chunk
+    zeros = torch.zeros(labels.shape, dtype=parts[0][0].dtype, device=labels.device)
+    return {key: zeros.masked_scatter(where, x) for key, x in values if key == "log_probs" or return_token_entropy}
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
     """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is
@@ -163,10 +145,9 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, norma
 
 def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float,
                               normalize_constant: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of the responses, and its backward pass.
+    """Negative log-likelihood of the responses, and its backward pass. policy_log_probs, response_mask: (B, T).
 
     loss = mean over the B examples of [-sum over the response / normalize_constant] / gradient_accumulation_steps
-    Args: policy_log_probs, response_mask (B, T).
     Returns: (loss as above, detached scalar; metadata). An example with an empty response adds 0 and still counts in B.
     """
     per_example = -masked_normalize(policy_log_probs, response_mask, dim=-1, normalize_constant=normalize_constant)
@@ -174,9 +155,7 @@ def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, g
     loss.backward()
     return loss.detach(), {"response_tokens": response_mask.sum().detach(), "per_example": per_example.detach()}
 
-
 # ---------------------------------------------------------------- instruction tuning: documents packed end to end
-
 ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}")   # Taori et al. 2023
 
@@ -209,15 +188,13 @@ class PackedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
-        if seq_length < 1:
-            raise ValueError(f"seq_length must be at least 1, got {seq_length}")
         examples, ids = read_json_lines(dataset_path, "prompt", "response"), []
         if shuffle:
             random.Random(seed).shuffle(examples)
         for example in examples:
             text = ALPACA_TEMPLATE.format(prompt=example["prompt"], response=example["response"])
             ids += encode(tokenizer, text, add_special_tokens=True) + [end_of_text_id(tokenizer)]
-        if len(ids) <= seq_length:
+        if not 0 < seq_length < len(ids):
             raise ValueError(f"{dataset_path} packs to {len(ids)} tokens: too few for one chunk of {seq_length} + 1")
         self.tokens, self.seq_length = torch.tensor(ids, dtype=torch.long), seq_length
 
@@ -227,25 +204,21 @@ class PackedDataset(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         if not 0 <= i < len(self):
             raise IndexError(f"chunk {i} of {len(self)}")
-        start, end = i * self.seq_length, (i + 1) * self.seq_length
-        return {"input_ids": self.tokens[start:end], "labels": self.tokens[start + 1:end + 1]}
+        chunk = self.tokens[i * self.seq_length:(i + 1) * self.seq_length + 1]
+        return {"input_ids": chunk[:-1], "labels": chunk[1:]}
 
 def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> torch.utils.data.DataLoader:
     """Batches {"input_ids", "labels"} (batch_size, seq_length) over one epoch; the last may be smaller."""
     return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle,
                                        generator=torch.Generator().manual_seed(seed))
 
-
 # ---------------------------------------------------------------- reading an answer out of free text
-
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+")
 
 def parse_gsm8k_response(model_output: str) -> str | None:
     """The last number of the text, without thousands commas, or None. 'She has 1,234 eggs.' -> '1234'"""
-    last = None
-    for last in NUMBER.finditer(model_output):
-        pass
-    return last.group().replace(",", "") if last else None
+    numbers = NUMBER.findall(model_output)
+    return numbers[-1].replace(",", "") if numbers else None
 
 def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     """The letter A..D the text chooses, or None when it chooses none or none of the options.
@@ -264,14 +237,10 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
             return match.group(1)
     return None
 
-
 # ---------------------------------------------------------------- preference tuning: DPO
-
 def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str]) -> Tensor:
-    """log p of the whole templated text and the end-of-text id after it, summed over tokens: (B,), in nats.
-
-    The text is tokenized whole. The prompt's share is the same for both responses and cancels in the difference.
-    """
+    """log p of the whole templated text and the end-of-text id after it, summed over tokens: (B,), in nats. The text is
+    tokenized whole; the prompt's share is the same for both responses and cancels in the difference."""
     eos = end_of_text_id(tokenizer)
     rows = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=p, response=r), add_special_tokens=True) + [eos]
             for p, r in zip(prompts, responses)]
@@ -317,9 +286,7 @@ def read_hh_pairs(path: str) -> list[dict]:
         raise ValueError(f"{path} holds no single-turn pair")
     return pairs
 
-
 # ---------------------------------------------------------------- the embedded task: arithmetic with a checkable answer
-
 NAMES = "Ann Ben Eva Ivo Kim Leo Mia Tom".split()
 THINGS = "apples books coins eggs keys nuts pens shells".split()
 WORDS = {"+": "finds {b}", "-": "loses {b}", "*2": "doubles them", "*3": "triples them"}
@@ -375,36 +342,20 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
         return {"prompt": f"User: {p['question']}\nAssistant: <think>", "answer": p["answer"]}
 
     def pair(p: dict) -> dict:
-        return {"prompt": p["question"], "chosen": f"{p['work']}. So {p['answer']}.", "rejected": f"{p['answer']}."}
+        return dict(zip(PAIR, (p["question"], f"{p['work']}. So {p['answer']}.", f"{p['answer']}.")))
     shown = [(p, "I know this." if rng.random() < quick else p["work"])
              for p in arithmetic_problems(demonstrations, seed + 1)]
-    files = {"sft": [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"}
-                     for p, thought in shown],
-             "train": map(task, problems), "valid": map(task, held_out),
-             "instructions": [{"prompt": p["question"], "response": pair(p)[rng.choice(("chosen", "rejected"))]}
-                              for p in problems[:4000]],
-             "pairs": [pair(p) for p, _ in shown[:512]], "pairs_valid": map(pair, held_out[:200])}
-    for name, rows in files.items():
+    sft = [task(p) | {"response": f" {thought}</think> <answer>{p['answer']}</answer>"} for p, thought in shown]
+    instructions = [{"prompt": p["question"], "response": pair(p)[rng.choice(PAIR[1:])]} for p in problems[:4000]]
+    for name, rows in (("sft", sft), ("train", map(task, problems)), ("valid", map(task, held_out)),
+                       ("instructions", instructions), ("pairs", [pair(p) for p, _ in shown[:512]]),
+                       ("pairs_valid", map(pair, held_out[:200]))):
         write_text(f"{folder}/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     write_text(f"{folder}/base.txt", "<|endoftext|>".join(documents))
 
-@contextlib.contextmanager
-def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
-    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
 def write_text(path: str, text: str) -> None:
     """The text as a file, whole or not at all."""
+    from train import write_whole
     with write_whole(path) as file:
         file.write(text.encode())
 
@@ -440,9 +391,7 @@ def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = p
                 schedule=lambda step: optim.cosine_lr(step, config.max_lr, config.max_lr / 10, steps // 16, steps))
     model_py.save_hf(model, folder, tokenizer)
 
-
 # ---------------------------------------------------------------- evaluation: prompts in, graded answers out
-
 REASONING_TEMPLATE = ("Solve the problem step by step, then state the result. The steps go between <think> and "
                       "</think>, the result between <answer> and </answer>.\nUser: {question}\nAssistant: <think>")
 MMLU_TEMPLATE = ("Answer this multiple-choice question about {subject}. Reply with the sentence 'The correct answer "
@@ -493,13 +442,11 @@ def parsed_reward(parse: Callable[[str], str | None], same: Callable[[str, str],
         return {"reward": right, "format_reward": float(answer is not None), "answer_reward": right}
     return reward
 
-
 gsm8k_reward = parsed_reward(parse_gsm8k_response, lambda a, b: Fraction(a) == Fraction(str(b).replace(",", "")))
 mmlu_reward = parsed_reward(lambda response: parse_mmlu_response({}, response), lambda a, b: a == b)
 
-def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None,
-                    path: str | None = None, show: int = 0, log: Callable[[str], None] = print,
-                    **settings) -> dict[str, float]:
+def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None, show: int = 0,
+                    path: str | None = None, log: Callable[[str], None] = print, **settings) -> dict[str, float]:
     """Answer the problems, grade the answers, and keep a record of each.
 
     Args: engine.generate as in grpo.py gets `settings` (max_tokens, temperature, stop, seed). model: scores entropy.
@@ -519,8 +466,8 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
         ids, labels, masks = (x.to(device_of(model)) for x in batch.values())
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
-        for row, entropy, mask in zip(rows[part], entropies, masks):
-            row["entropy"] = (entropy.sum() / mask.sum()).item()
+        for row, entropy in zip(rows[part], entropies.sum(-1) / masks.sum(-1)):
+            row["entropy"] = entropy.item()
     if path:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     kinds = {(f, r): [row for row in rows if (row["format_reward"], row["answer_reward"]) == (f, r)]
@@ -530,27 +477,23 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
         for row in members[:show]:
             log(f"  format {form}, answer {right}, truth {row['truth']}: {row['prompt'][-160:]!r} -> "
                 f"{row['response'][:240]!r}")
-    for name, key, members in (("accuracy", "answer_reward", rows), ("format", "format_reward", rows),
-                               ("entropy", "entropy", rows), ("length", "length", rows),
-                               ("length_right", "length", kinds[1, 1]),
-                               ("length_wrong", "length", kinds[1, 0] + kinds[0, 0])):
-        if members and key in members[0]:
-            summary[name] = sum(row[key] for row in members) / len(members)
-    return summary
-
+    averages = [("accuracy", "answer_reward", rows), ("format", "format_reward", rows), ("entropy", "entropy", rows),
+                ("length", "length", rows), ("length_right", "length", kinds[1, 1]),
+                ("length_wrong", "length", kinds[1, 0] + kinds[0, 0])]
+    return summary | {name: sum(row[key] for row in members) / len(members) for name, key, members in averages
+                      if members and key in members[0]}
 
 # ---------------------------------------------------------------- one loop for the three ways of tuning
-
 def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedule: Callable, clip: Callable,
               epochs: float = 1.0, batch_size: int = 32, micro_batch_size: int = 32, clip_norm: float = 1.0,
               evaluate: Callable[[], dict] = dict, eval_every: int = 0, keep_best: str = "", seed: int = 0,
               log: Callable[[str], None] = print) -> dict[str, float]:
     """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. micro_step knows what an example is.
 
-    Args: micro_step(examples, accumulation_steps) -> its share of the loss, after its backward pass; it is told batch
-    size / its own size, so that unequal micro-batches too add up to the batch's mean. schedule(step, total) -> learning
-    rate. evaluate: called every eval_every steps (0: never) and at the end; with keep_best, the name of one of its
-    numbers, the model ends with the weights that had the highest.
+    Args: micro_step(examples, accumulation_steps) -> its share of the loss; where that still has a graph, the backward
+    pass is done here. It is told batch size / its own size, so that unequal micro-batches too add up to the mean.
+    schedule(step, total) -> learning rate. evaluate: called every eval_every steps (0: never) and at the end; with
+    keep_best, the name of one of its numbers, the model ends with the weights that had the highest.
     Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError if the loss is not finite.
     """
     per_epoch, best, result = max(1, len(examples) // batch_size), None, {}
@@ -563,18 +506,22 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
             group["lr"] = rate
         for start in range(0, len(batch), micro_batch_size):
             part = batch[start:start + micro_batch_size]
-            loss += float(micro_step(part, len(batch) / len(part)))
+            share = torch.as_tensor(micro_step(part, len(batch) / len(part)))
+            if share.requires_grad:
+                share.backward()
+            loss += share.detach().item()
         if not math.isfinite(loss):
             raise ValueError(f"step {step + 1} has loss {loss}; lower the learning rate")
         norm = float(clip([p for p in model.parameters() if p.grad is not None], clip_norm))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        shown = evaluate() if step + 1 == total or (eval_every and (step + 1) % eval_every == 0) else {}
-        if shown or step + 1 == total:
+        due, shown = step + 1 == total or (eval_every and (step + 1) % eval_every == 0), {}
+        if due:
+            shown = evaluate()
             result = {"loss": loss, **shown}
             if keep_best and (best is None or result[keep_best] > best[0][keep_best]):
                 best = (result, copy.deepcopy(model.state_dict()))
-        if shown or step + 1 == total or (step + 1) % 10 == 0:
+        if due or (step + 1) % 10 == 0:
             speed = (step + 1) * batch_size / (time.perf_counter() - started)
             log(f"step {step + 1}/{total} | loss {loss:.4f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed:.0f} examples/s"
                 + "".join(f" | {key.replace('_', ' ')} {value:.4g}" for key, value in shown.items()))
@@ -592,39 +539,28 @@ def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
         return sft_microbatch_train_step(log_probs, mask, accumulation_steps, normalize_constant)[0]
     return step
 
-def loss_micro_step(loss_of: Callable) -> Callable:
-    """micro_step from loss_of(examples), a mean over them."""
-    def step(examples: list, accumulation_steps: float) -> Tensor:
-        loss = loss_of(examples) / accumulation_steps
-        loss.backward()
-        return loss.detach()
-    return step
-
 def packed_micro_step(model) -> Callable:
     """micro_step for the items of a PackedDataset: the mean over all their labels."""
-    def loss_of(items: list[dict]) -> Tensor:
+    def step(items: list[dict], accumulation_steps: float) -> Tensor:
         ids, labels = (torch.stack([i[key] for i in items]).to(device_of(model)) for key in ("input_ids", "labels"))
-        return -get_response_log_probs(model, ids, labels)["log_probs"].mean()
-    return loss_micro_step(loss_of)
+        return -get_response_log_probs(model, ids, labels)["log_probs"].mean() / accumulation_steps
+    return step
 
 def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
     """micro_step for {"prompt", "chosen", "rejected"}."""
-    return loss_micro_step(lambda pairs: dpo_loss(model, reference, tokenizer, beta, *columns(pairs)))
+    return lambda pairs, steps: dpo_loss(model, reference, tokenizer, beta, *columns(pairs)) / steps
 
 def columns(pairs: list[dict]) -> list[list[str]]:
     """Pairs as three lists: prompts, chosen and rejected answers."""
     return [[pair[key] for pair in pairs] for key in PAIR]
 
 @torch.no_grad()
-def preference_accuracy(model, tokenizer, pairs: list[dict], batch_size: int = 16) -> float:
+def preference_accuracy(model, tokenizer, pairs: list[dict]) -> float:
     """Share of the pairs whose chosen response the policy finds likelier than the rejected one."""
-    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + batch_size]))
-               for i in range(0, len(pairs), batch_size)]
+    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + 16])) for i in range(0, len(pairs), 16)]
     return (torch.cat(margins) > 0).double().mean().item()
 
-
 # ---------------------------------------------------------------- explain, check, time, run
-
 def toy_model(vocab_size: int, width: int) -> torch.nn.Module:
     """The least that has a language model's interface: the hidden state of a token is its embedding."""
     model = torch.nn.Module()
@@ -643,21 +579,18 @@ def self_check(seed: int = 0) -> float:
     print("prompts [1 2 3] and [1], outputs [4 5] and [6 7], padded with 0, labels shifted by one:")
     for key, value in batch.items():
         print(f"  {key:14s} {value.int().tolist()}")
-    assert labels[mask].tolist() == [4, 5, 6, 7], "the mask is not on the output"
     plain = get_response_log_probs(model, ids, labels, True)
     fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=3)
     sums = masked_normalize(plain["log_probs"], mask, dim=-1)
     print(f"log p of the outputs: {sums[0]:.3f} and {sums[1]:.3f} nats, summed (uniform: {-2 * math.log(11):.3f})")
-    worst = max((plain[key].masked_fill(~mask, 0) - fast[key]).abs().max().item() for key in plain)
-    grads = [torch.autograd.grad(s["log_probs"][mask].sum(), list(model.parameters())) for s in (plain, fast)]
-    worst = max([worst] + [(a - b).abs().max().item() for a, b in zip(*grads)])
+    grads = [torch.autograd.grad(x["log_probs"][mask].sum(), list(model.parameters())) for x in (plain, fast)]
+    pairs = [(plain[key].masked_fill(~mask, 0), fast[key]) for key in plain] + list(zip(*grads))
+    worst = max((a - b).abs().max().item() for a, b in pairs)
     leaf = plain["log_probs"].detach().requires_grad_()
     loss, _ = sft_microbatch_train_step(leaf, mask, 4)
-    assert abs(loss.item() + sums.mean().item() / 4) < 1e-6 and (leaf.grad != 0).equal(mask), "the SFT loss is wrong"
     print(f"SFT loss: minus their mean over 2 examples, {-sums.mean():.3f}; by 4 accumulation steps, {loss:.3f}")
-    print(f"DPO: margins 2.0 (policy) and 0.5 (reference), beta 0.1: -log sigmoid(0.15) = "
-          f"{-F.logsigmoid(torch.tensor(0.15)):.4f}; where they agree, ln 2 = 0.6931")
-    assert worst < 1e-6, f"chunked and plain differ by {worst:.1e}"
+    assert abs(loss.item() + sums.mean().item() / 4) < 1e-6 and (leaf.grad != 0).equal(mask), "the SFT loss is wrong"
+    assert worst < 1e-6 and labels[mask].tolist() == [4, 5, 6, 7], f"chunked and plain differ by {worst:.1e}"
     return worst
 
 def bench(seconds: float = 2.0) -> None:
@@ -685,10 +618,10 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", help="default: the embedded task's")
     add("--valid", help="held-out problems (sft) or pairs (dpo); dpo without them holds out every tenth pair")
     add("--out", help="folder for the tuned model, or file for eval's answers")
-    add("--task", default="reasoning", choices=["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"])
-    add("--engine", default="torch", choices=["torch", "vllm"])
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products, and of the engine")
+    for name, *choices in (("task", "reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"),
+                           ("engine", "torch", "vllm"), ("dtype", "float32", "bfloat16"),
+                           ("device", *["cuda"] * torch.cuda.is_available(), "cpu")):
+        add("--" + name, default=choices[0], choices=choices)
     for name, kind, default in (
             ("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
             ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
@@ -703,19 +636,12 @@ def main(argv: list[str] | None = None) -> int:
         elif args.explain:
             print(f"chunked = plain to {self_check(args.seed):.1e}  OK")
         else:
-            with torch.autocast(check_device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 run(args)
     except (ValueError, OSError, ImportError) as error:
         print(f"sft.py: {error}", file=sys.stderr)
         return 2
     return 0
-
-def check_device(name: str) -> torch.device:
-    """The device of that name. Raises: ValueError where it is not to be had."""
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]:.80}") from None
 
 def run(args: argparse.Namespace) -> None:
     """Puts the sibling files together."""
@@ -737,26 +663,25 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
     optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    sampling = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
     tune = functools.partial(
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
         schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
-
-    def answer(problems: list[dict], reward_fn: Callable, stop=(), **options) -> dict:
-        engine.sync(model)
-        return log_generations(engine, tokenizer, problems, reward_fn, model=model, stop=list(stop), min_tokens=1,
-                               max_tokens=args.max_tokens, seed=args.seed,
-                               **{"temperature": args.temperature} | options) if problems else {}
     if args.action == "eval":
-        result = evaluate_task(args, engine, tokenizer, data, answer, grpo)
+        result = evaluate_task(args, engine, tokenizer, model, data, sampling | {"temperature": args.temperature}, grpo)
     elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
         held_out = read_problems(valid, boxed=grpo.balanced_box)[:args.limit] if valid else []
-        evaluate = functools.partial(answer, held_out, grpo.r1_zero_reward, ["</answer>"])
+
+        def evaluate(temperature: float, **options) -> dict:
+            engine.sync(model)
+            return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, stop=["</answer>"],
+                                   temperature=temperature, **sampling, **options) if held_out else {}
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
         result = tune(optimizer, examples, sft_micro_step(model, tokenizer, mean_length),
-                      evaluate=lambda: evaluate(path=f"{out}/generations.jsonl", show=1))
-        result |= {"greedy": evaluate(temperature=0.0)["accuracy"]} if held_out else {}
+                      evaluate=lambda: evaluate(args.temperature, path=f"{out}/generations.jsonl", show=1))
+        result |= {"greedy": evaluate(0.0)["accuracy"]} if held_out else {}
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
         result = tune(optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model))
@@ -774,32 +699,29 @@ def run(args: argparse.Namespace) -> None:
         print(f"wrote {out}")
     print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
 
-def evaluate_task(args, engine, tokenizer, data: str, answer: Callable, grpo) -> dict[str, float]:
+def evaluate_task(args, engine, tokenizer, model, data: str, sampling: dict, grpo) -> dict[str, float]:
     """Zero-shot: answers to a file, graded where there is a truth."""
-    out = args.out or f"out/eval-{args.task}.jsonl"
-    if args.task in ("alpaca-eval", "safety"):                          # a JSON list, and a CSV file
-        key = "instruction" if args.task == "alpaca-eval" else "prompts_final"
+    out, alpaca = args.out or f"out/eval-{args.task}.jsonl", args.task == "alpaca-eval"
+    if alpaca or args.task == "safety":                                 # a JSON list, or a CSV file
+        key = "instruction" if alpaca else "prompts_final"
         try:
             with open(data, encoding="utf-8", newline="") as file:
-                rows = json.load(file) if args.task == "alpaca-eval" else list(csv.DictReader(file))
-        except ValueError as error:
-            raise ValueError(f"{data}: {error}; expected entries with {key!r}") from None
-        if not rows or not all(isinstance(row, dict) and key in row for row in rows):
-            raise ValueError(f"{data}: every entry needs {key!r}")
-        prompts = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=row[key], response="")) for row in rows[:args.limit]]
-        texts = [a.text for a in engine.generate(prompts, max_tokens=args.max_tokens, min_tokens=1, seed=args.seed,
-                                                 temperature=args.temperature)]
+                rows = json.load(file) if alpaca else list(csv.DictReader(file))
+            prompts = [ALPACA_TEMPLATE.format(prompt=row[key], response="") for row in rows[:args.limit]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{data}: {error!r}; expected a list of entries with {key!r}") from None
+        texts = [a.text for a in engine.generate([encode(tokenizer, prompt) for prompt in prompts], **sampling)]
         rows = [{key: row[key], "output": text} for row, text in zip(rows, texts)]
         about = {"generator": args.model or "twelve", "dataset": "alpaca_eval"}
-        write_text(out, json.dumps([row | about for row in rows], indent=1) if args.task == "alpaca-eval" else
+        write_text(out, json.dumps([row | about for row in rows], indent=1) if alpaca else
                    "".join(json.dumps(row) + "\n" for row in rows))
         return {"answers": len(rows)}
     reward, template, stop = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE, ["</answer>"]),
                               "boxed": (grpo.question_only_reward, "{question}", []), "mmlu": (mmlu_reward, "", []),
                               "gsm8k": (gsm8k_reward, "{question}\nAnswer:", [])}[args.task]
     problems = read_mmlu(data) if args.task == "mmlu" else read_problems(data, template, grpo.balanced_box)
-    return answer(problems[:args.limit], reward, stop, path=out, show=3)
-
+    return log_generations(engine, tokenizer, problems[:args.limit], reward, model=model, path=out, show=3, stop=stop,
+                           **sampling)
 
 if __name__ == "__main__":
     sys.exit(main())

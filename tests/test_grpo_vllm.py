@@ -90,6 +90,6 @@ def test_the_loop_runs_on_vllm_and_logs_a_small_gap(engines):
     config = grpo.GRPOConfig(steps=3, lr=1e-3, rollout_batch_size=8, group_size=4, train_batch_size=8, max_tokens=8, min_tokens=2)
     history = grpo.train_grpo(lm, torch.optim.AdamW(lm.parameters(), lr=1e-3), theirs, [{"prompt": p, "answer": ""} for p in PROMPTS],
                               config, reward_fn=lambda r, t: {"reward": float(len(r) % 3)}, encode=tokenizer.encode, score=score,
-                              evaluate=dict, clip=torch.nn.utils.clip_grad_norm_, write_whole=sft.write_whole, log=lambda line: None)
+                              evaluate=dict, clip=torch.nn.utils.clip_grad_norm_, log=lambda line: None)
     gaps = [line["gap"] for line in history[1:]]
     assert all(0 < gap < 1e-2 for gap in gaps), gaps                    # a missed sync would show after the first update

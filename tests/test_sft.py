@@ -483,9 +483,9 @@ def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, row
 @pytest.mark.parametrize("argv, message", [
     (("sft", "--model", "/nowhere"), "/nowhere"), (("eval", "--model", "MODEL", "--data", "/none.jsonl"), "/none.jsonl"),
     (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv"),
-    (("eval", "--model", "MODEL", "--data", __file__, "--task", "alpaca-eval"), "expected entries with 'instruction'"),
-    (("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"), "every entry needs 'prompts_final'"),
-    (("sft", "--device", "nothing"), "--device nothing"), (("sft", "--epochs", "-1"), "above 0"),
+    (("eval", "--model", "MODEL", "--data", __file__, "--task", "alpaca-eval"), "expected a list of entries with 'instruction'"),
+    (("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"), "expected a list of entries with 'prompts_final'"),
+    (("sft", "--epochs", "-1"), "above 0"),
     (("dpo", "--model", "MODEL", "--data", __file__), "expected a JSON object")])
 def test_command_line_says_one_line(folder, capsys, argv, message):
     code, _, err = run(capsys, *(folder if a == "MODEL" else a for a in argv))
