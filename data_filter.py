@@ -54,11 +54,11 @@ CHUNK = re.compile(rb"([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")
 
 @dataclass(slots=True)
 class Record:
-    """One WARC record. `payload` is the HTTP body of a response, the block of any other record."""
+    """One WARC record."""
     kind: str                                # "response", "conversion" (WET), "warcinfo", "request", ...
     url: str
     headers: dict[str, str]                  # WARC headers, names in lower case; "warc-truncated" if the crawler cut it
-    payload: bytes
+    payload: bytes                           # the HTTP body of a response, the block of any other record
     status: int = 0                          # HTTP status, 0 where there is none
     http: dict[str, str] = field(default_factory=dict)
 
@@ -135,10 +135,8 @@ def http_body(head: dict[str, str], body: bytes) -> bytes:
 
 def read_warc(source, warnings: Counter | None = None) -> Iterator[Record]:
     """Streams the records of a WARC 1.0/1.1 or WET file: path, "-", URL or binary file; plain or gzip; constant memory.
-
     A fault ends the file: it is counted in `warnings`, and every complete record before it has been yielded.
-    Example: for r in read_warc("CC-MAIN.warc.gz"): print(r.kind, r.url, r.status, len(r.payload))
-    """
+    Example: for r in read_warc("CC-MAIN.warc.gz"): print(r.kind, r.url, r.status, len(r.payload))"""
     warnings, raw, fault = Counter() if warnings is None else warnings, open_source(source), ""
     with contextlib.nullcontext() if raw is source else raw:
         unpacked = Unpacked(raw)
@@ -364,10 +362,8 @@ def trigram_weights(script: str) -> tuple[list[str], dict[str, list[tuple[int, f
 
 def identify_language(text: str, model: "FastText | None" = None) -> tuple[str, float]:
     """ISO 639-1 code and the probability that it is right; ("und", 1.0) where there are no letters.
-
     A softmax over the languages of the main script, times that script's share of the letters.
-    Example: identify_language("Das ist nicht mein Hund.") -> ("de", 0.99)
-    """
+    Example: identify_language("Das ist nicht mein Hund.") -> ("de", 0.99)"""
     if model:
         return model.likeliest(text) or ("und", 1.0)
     if len(text) > 4000:                                             # the beginning, the middle and the end tell enough
@@ -412,17 +408,16 @@ def mask_ips(text: str) -> tuple[str, int]:
     return IPV4.subn("|||IP_ADDRESS|||", text)
 
 # ------------------------------------------------------------------------------------------------- 6. quality rules
-# What is counted -> the least and the most of it that is kept. Shares are of lines, words, paragraphs or characters.
+# What is counted -> the least and the most of it that is kept; shares are of lines, words, paragraphs or characters.
+# Gopher A1.1 and its Table A1; FineWeb 3.6, where the limits themselves are out; C4 2.2.
 GOPHER = {"words": (50, 100_000), "mean word length": (3, 10), "lines that end in an ellipsis": (0, 0.3),
-          "words with a letter": (0.8, 1)}                                                               # Gopher A1.1
+          "words with a letter": (0.8, 1)}
 REPETITION = {"duplicate lines": (0, 0.3), "characters in duplicate lines": (0, 0.2), "duplicate paragraphs": (0, 0.3),
               "characters in duplicate paragraphs": (0, 0.2), "top 2-gram": (0, 0.2), "top 3-gram": (0, 0.18),
-              "top 4-gram": (0, 0.16), "duplicate 5-grams": (0, 0.15), "duplicate 6-grams": (0, 0.14),   # Table A1
-              "duplicate 7-grams": (0, 0.13), "duplicate 8-grams": (0, 0.12), "duplicate 9-grams": (0, 0.11),
-              "duplicate 10-grams": (0, 0.1)}
+              "top 4-gram": (0, 0.16), **{f"duplicate {n}-grams": (0, (20 - n) / 100) for n in range(5, 11)}}
 FINEWEB = {"lines that end in punctuation": (0.12 + 1e-9, 1), "characters in duplicate lines": (0, 0.1 - 1e-9),
-           "short lines": (0, 0.67 - 1e-9)}                          # FineWeb 3.6, where the limits themselves are out
-C4 = {"words in a line": 5, "lines": 3}                                                                        # C4 2.2
+           "short lines": (0, 0.67 - 1e-9)}
+C4 = {"words in a line": 5, "lines": 3}
 POLICY = re.compile(r"javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies", re.I)
 
 def outside(found: dict[str, float], limits: dict[str, tuple[float, float]]) -> list[str]:
@@ -556,9 +551,7 @@ def fnv1a(text: str) -> int:
 
 class FastText:
     """A linear classifier on the mean of word and n-gram vectors; the n-grams are hashed into `bucket` rows.
-
-    Example: FastText.load("lid.176.bin").predict("Guten Morgen") -> (("__label__de",), array([0.99]))
-    """
+    Example: FastText.load("lid.176.bin").predict("Guten Morgen") -> (("__label__de",), array([0.99]))"""
 
     def __init__(self, args: dict, words: dict[str, int], labels: dict[str, int], inputs, outputs) -> None:
         self.args, self.words, self.labels, self.inputs, self.outputs = args, words, labels, inputs, outputs
@@ -686,12 +679,11 @@ JUDGES = {"nsfw": (classify_nsfw, "nsfw"), "toxic": (classify_toxic, "toxic"), "
 MASKS = {"emails": mask_emails, "phones": mask_phone_numbers, "ips": mask_ips}
 STEPS = [*RULES, "c4", *JUDGES, "pii"]
 REPORT = "documents bytes masked warnings".split()                   # each a count by reason, kind or fault
+EVERY = 10                                                           # seconds from one line of progress to the next
 
 def filter_record(record: Record, languages=("en",), min_language=0.65, without=(), models={}) -> tuple[str, dict]:
     """One record through every step: ("kept", document), or (why it was dropped, what is known of it).
-
-    Args: languages: codes to keep, none for all. without: of STEPS. models: "lid", "nsfw", ... -> a FastText file.
-    """
+    Args: languages: codes to keep, none for all. without: of STEPS. models: "lid", "nsfw", ... -> a FastText file."""
     document, kind = {"url": record.url, "bytes": len(record.payload)}, record.http.get("content-type", "").lower()
     model = {step: load_model(path) for step, path in models.items()}.get
     if record.status and not 200 <= record.status < 300:
@@ -743,35 +735,26 @@ def filter_file(source: str, target: str, pool, keep_dropped: int, options: dict
 
 def filter_files(sources: list[str], out: str, workers: int | None = None, keep_dropped: int = 0, **options) -> dict:
     """Every archive that has no output yet, each on all cores; returns the summed report of all of them.
-
-    One process reads and writes. It can feed about 20 workers; a larger machine runs several --shard side by side.
-    """
+    One process reads and writes: where it cannot feed all workers, run several --shard side by side."""
     names = [os.path.basename(s.split("?")[0]).removesuffix(".gz") if s != "-" else "stdin" for s in sources]
     targets = [os.path.join(out, name + ".jsonl.gz") for name in names]
     if len(set(names)) < len(names):
         raise ValueError(f"two inputs are called {Counter(names).most_common(1)[0][0]}; use two --out folders")
     list(map(load_model, options.get("models", {}).values()))        # a bad model stops the run here; children share it
     jobs = [(s, t) for s, t in zip(sources, targets) if not os.path.exists(t)]
-    ends = list(itertools.accumulate(os.path.getsize(s) if os.path.isfile(s) else math.nan for s, _ in jobs))
+    ends = [0, *itertools.accumulate(os.path.getsize(s) if os.path.isfile(s) else math.nan for s, _ in jobs)]
     start, shown, documents, faults = time.time(), 0.0, 0, []
-
-    def progress(i: int, done: float) -> None:
-        seconds = time.time() - start
-        left = f"{seconds * (ends[-1] / done - 1):.0f}s" if done > 0 else "unknown"      # nan for stdin and URLs
-        print(f"file {i + 1}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} documents/s | "
-              f"eta {left}", file=sys.stderr)
     with Pool(workers) as pool:
-        for i, job in enumerate(jobs):
+        for i, (source, target) in enumerate(jobs):
             try:
-                for position in filter_file(*job, pool, keep_dropped, options):
-                    documents += 1
-                    if time.time() - start > shown + 10:
-                        shown = time.time() - start
-                        progress(i, position + (ends[i - 1] if i else 0))
+                for position in filter_file(source, target, pool, keep_dropped, options):
+                    documents, seconds = documents + 1, time.time() - start
+                    if seconds > shown + EVERY:                      # eta nan: from stdin or a URL
+                        shown, left = seconds, seconds * (ends[-1] / (ends[i] + position) - 1)
+                        print(f"file {i + 1}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} "
+                              f"documents/s | eta {left:.0f}s", file=sys.stderr)
             except (OSError, ValueError, HTTPException) as fault:
-                faults.append(f"{job[0]}: {fault}")                  # the others are filtered all the same
-            else:
-                progress(i, ends[i])
+                faults.append(f"{source}: {fault}")                  # the others are filtered all the same
     if faults:
         raise ValueError(f"{len(faults)} of {len(jobs)} inputs gave nothing: {'; '.join(faults[:9])}")
     total = {k: Counter() for k in REPORT}
@@ -783,11 +766,10 @@ def filter_files(sources: list[str], out: str, workers: int | None = None, keep_
 
 def print_report(total: dict[str, Counter]) -> None:
     """What each step removed: documents and bytes, with their shares; then masks and warnings."""
-    n_all, bytes_all = total["documents"].total() or 1, total["bytes"].total() or 1
     for reason, n in sorted(total["documents"].items(), key=lambda x: (x[0] == "kept", -x[1])):
-        size = total["bytes"][reason]
-        print(f"{reason:50s} | {n:9,d} documents {n / n_all:6.1%} | {size:13,d} bytes {size / bytes_all:6.1%}")
-    for key in ("masked", "warnings"):
+        size, of, of_bytes = total["bytes"][reason], total["documents"].total(), total["bytes"].total() or 1
+        print(f"{reason:50s} | {n:9,d} documents {n / of:6.1%} | {size:13,d} bytes {size / of_bytes:6.1%}")
+    for key in "masked", "warnings":
         print(f"{key:50s} | " + (", ".join(f"{n:,} {name}" for name, n in total[key].items()) or "none"))
 
 # ------------------------------------------------------------------------------------------------------ 10. a sample
@@ -908,25 +890,25 @@ def bench(repeats: int = 3, copies: int = 20) -> None:
     with tempfile.TemporaryDirectory() as out:
         write_sample(out)
         pages = [r.payload for r in read_warc(Path(out, "sample.warc.gz")) if r.status == 200 and r.payload[:1] == b"<"]
-        texts = list(map(extract_text, pages))
+        texts, cores = list(map(extract_text, pages)), os.cpu_count()
         for step in (extract_text, identify_language, gopher_reasons, repetition_reasons, fineweb_reasons, c4_lines,
                      classify_nsfw, classify_toxic, classify_quality, mask_emails, mask_phone_numbers, mask_ips):
-            times, given = [], pages if step is extract_text else texts
+            given, speeds = pages if step is extract_text else texts, []
             for _ in range(repeats):
                 start = time.perf_counter()
                 list(map(step, given))
-                times.append((time.perf_counter() - start) * 1e6 / sum(map(len, given)))
-            slow, middle, quick = (1 / sorted(times)[i] for i in (-1, repeats // 2, 0))
-            print(f"{step.__name__:20s} {middle:7.1f} MB/s  (min {slow:.1f}, max {quick:.1f})")
+                speeds.append(sum(map(len, given)) / 1e6 / (time.perf_counter() - start))
+            middle = sorted(speeds)[repeats // 2]
+            print(f"{step.__name__:20s} {middle:7.1f} MB/s (min {min(speeds):.1f}, max {max(speeds):.1f})")
         for name, status, bodies in ("WARC", 200, pages), ("WET", 0, [text.encode() for text in texts]):
-            size, packed = sum(map(len, bodies)) / 1e6, b"".join(warc_record("", x, status=status) for x in bodies)
-            Path(out, name).write_bytes(packed * copies)
+            packed = b"".join(warc_record("", body, status=status) for body in bodies) * copies
+            Path(out, name).write_bytes(packed)
             start = time.perf_counter()
             filter_files([str(Path(out, name))], out)
-            speed = size * copies / (time.perf_counter() - start)
-            print(f"{name:20s} {speed:7.1f} MB/s, {speed * len(packed) / size / 1e6:.1f} packed, on {os.cpu_count()} cores")
+            seconds, size = time.perf_counter() - start, sum(map(len, bodies)) * copies / 1e6
+            print(f"{name:20s} {size / seconds:7.1f} MB/s, {len(packed) / seconds / 1e6:.1f} packed, on {cores} cores")
     for files in 5_000, 100_000:                                     # of 75 MB packed and 200 MB of text each
-        hours = files * 200 / speed * os.cpu_count() / 3600
+        hours = files * 200 / size * seconds * cores / 3600
         print(f"{files:,} WET files: {hours:,.0f} core hours, {hours / 16:,.0f} h on 16 cores")
 
 def main() -> int:

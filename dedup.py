@@ -20,25 +20,14 @@ Run:        python dedup.py
                    0.7         0.821     0.814  #################################o
             fast = plain, bit for bit  OK
 """
-import argparse
-import contextlib
-import gzip
-import json
-import os
-import re
-import resource
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-import unicodedata
-import zlib
+import argparse, contextlib, gzip, json, os, re, resource, shutil, subprocess, sys, tempfile, time, unicodedata, zlib
 from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, compress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import regex
@@ -56,7 +45,6 @@ JSON_LINES = (".jsonl", ".jsonl.gz")                    # in such files every li
 
 
 # ---- The idea, plainly: one document at a time, in Python integers, which cannot overflow ---------------------------
-
 def normalize_character(c: str) -> str:
     """What becomes of one character: NFD, accents and punctuation removed, lower case, white space to a space.
 
@@ -174,7 +162,6 @@ def plain_exact_line_dedup(files: list[bytes]) -> list[bytes]:
 
 
 # ---- The same, a batch of documents at a time -----------------------------------------------------------------------
-
 NON_ASCII = regex.compile(r"([^\x00-\x7f]+)")
 normalize_stretch = lru_cache(1 << 14)(lambda stretch: stretch.translate(CHARACTERS))
 ASCII = [normalize_character(chr(code)) for code in range(128)]
@@ -250,7 +237,6 @@ def band_keys(signatures: np.ndarray, num_bands: int) -> np.ndarray:
 
 
 # ---- Larger than memory: files in, partitions on disk, files out ----------------------------------------------------
-
 class Partitions:
     """Records of uint64 columns on disk, in 256 files by the top byte of the first column, which must be spread evenly:
     each fits into memory. Iterating gives all records in order of the first column, a file at a time."""
@@ -277,6 +263,22 @@ class Partitions:
             records = np.fromfile(f"{self.path}.{i}", np.uint64).reshape(-1, self.columns)
             if len(records):
                 yield records[np.argsort(records[:, 0])]
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
+    """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())                       # the rename must not reach the disk before the bytes do
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_output(path: Path):
@@ -369,7 +371,6 @@ def run_jobs(function, jobs, files: dict[str, Path], num_processes: int | None):
 
 
 # ---- Exact lines ----------------------------------------------------------------------------------------------------
-
 def hash_lines(batch) -> tuple[np.ndarray, list[bytes]]:
     """A 64-bit hash of each line, without its ending, and the texts or blocks that the lines are of."""
     texts = [parse_text(*document).encode("utf-8", "surrogatepass") if document[0].name.endswith(JSON_LINES)
@@ -433,7 +434,6 @@ def exact_line_dedup(input_files, output_dir, *, num_processes: int | None = Non
 
 
 # ---- Fuzzy documents ------------------------------------------------------------------------------------------------
-
 def _sign(job) -> tuple[Counter, int, np.ndarray, np.ndarray, np.ndarray]:
     batch, ngram, a, b, num_bands = job
     hashes, sizes = shingle_batch([parse_text(*document) for document in batch], ngram)
@@ -486,8 +486,8 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
             other file is one. output_dir: created; survivors are byte-identical and keep their file names.
         num_hashes = num_bands * R: a pair is a candidate with chance 1 - (1 - s^R)^num_bands. ngram: words a shingle.
         jaccard_threshold in (0, 1]: candidates below it are let go; with verify=False none is looked at again.
-        seed: picks the hash functions and each cluster's survivor. num_processes: None for one a processor.
-        report: path for the clusters, a line "kept TAB removed" a removed document. log: called with progress lines.
+        seed: picks the hash functions and each cluster's survivor. report: path for the clusters, a line "kept TAB
+        removed" a removed document. log: called with progress lines. num_processes: None for one a processor.
     Returns: {"documents", "kept", "clusters" (of two or more), "largest", "candidate_pairs", "bytes"}.
     Raises: ValueError for parameters that do not fit and for files as in exact_line_dedup; then nothing is written.
     Memory: a constant, the largest document, 5 bytes a document. Disk: 16 * num_bands bytes a document, 4 a word.
@@ -549,16 +549,15 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
                 i = np.searchsorted(first, document, side="right") - 1
                 return f"{names[i]}#{document - first[i] + 1}" if names[i].endswith(JSON_LINES) else names[i]
 
-            with open(stage / "report", "w", encoding="utf-8") as f:
-                f.writelines(f"{place(roots[i])}\t{place(removed[i])}\n" for i in np.argsort(roots, kind="stable"))
-            os.replace(stage / "report", report)
+            with write_whole(report) as f:
+                for i in np.argsort(roots, kind="stable"):
+                    f.write(f"{place(roots[i])}\t{place(removed[i])}\n".encode("utf-8", "surrogateescape"))
     sizes = np.unique(roots, return_counts=True)[1] + 1
     return {"documents": documents, "kept": documents - len(removed), "clusters": len(sizes),
             "largest": int(sizes.max(initial=min(documents, 1))), "candidate_pairs": found, "bytes": size}
 
 
 # ---- Show, check, measure -------------------------------------------------------------------------------------------
-
 def measured_recall(s: float, pairs: int, seed: int = 0) -> float:
     """Share of pairs of random sets, 100 s of their 100 elements in common, that share one of 20 bands of 7 hashes."""
     common = round(100 * s)
@@ -651,6 +650,7 @@ def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None
 
 
 def main() -> int:
+    """The command line. Returns the exit code: 2 where the caller has to change something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files and folders; or: bench [DOCUMENTS [WORDS]]")
     parser.add_argument("--out", type=Path, help="folder for what is left; the clusters go to OUT.clusters.tsv")
@@ -685,10 +685,9 @@ def main() -> int:
                   f"{result['bytes'] / seconds / 1e6:.1f} MB/s | mem {memory[0]} MB, a worker {memory[1]} MB")
             if args.text:
                 left = [args.out / name for name in collect_inputs(args.inputs, args.out)]
-                with open(f"{args.text}.part", "wb") as f:
+                with write_whole(args.text) as f:
                     for batch in read_batches(path for path in left if path.exists()):
                         f.writelines(parse_text(*text).encode("utf-8", "replace") + b"<|endoftext|>" for text in batch)
-                os.replace(f"{args.text}.part", args.text)
             print("RESULT", json.dumps(result))
     except (ValueError, OSError, ImportError) as error:
         print(f"dedup.py: {error}", file=sys.stderr)

@@ -54,7 +54,8 @@ def test_exact_lines_as_awk_leaves_them(tmp_path):
     files = ANSWERS["exact"]["files"]
     inputs = write_files(tmp_path / "in", {f"doc{i}.txt": text.encode() for i, text in enumerate(files)})
     result = dedup.exact_line_dedup(inputs, tmp_path / "out")
-    assert read_folder(tmp_path / "out") == {f"doc{i}.txt": text.encode() for i, text in enumerate(ANSWERS["exact"]["left"])}
+    assert read_folder(tmp_path / "out") == {f"doc{i}.txt": text.encode() for i,
+                                             text in enumerate(ANSWERS["exact"]["left"])}
     assert result["lines"] == sum(text.count("\n") for text in files)
     assert result["distinct_lines"] == len({line for text in files for line in text.splitlines()})
     assert result["kept_lines"] == sum(text.count("\n") for text in ANSWERS["exact"]["left"])
@@ -100,7 +101,8 @@ def test_clusters_as_scipy_has_them(tmp_path, form):
         place = (lambda name: int(Path(name).stem)) if form == "txt" else \
             (lambda name: int(name.split(".")[0]) + int(name.split("#")[1]) - 1)
         assert {place(removed) for _, removed in rows} == set(range(60)) - set(kept) and len(rows) == 60 - len(kept)
-        assert all(cluster[place(keeper)] == cluster[place(removed)] and place(keeper) in kept for keeper, removed in rows)
+        assert all(cluster[place(keeper)] == cluster[place(removed)] and place(keeper) in kept for keeper,
+                   removed in rows)
         survivors.add(tuple(sorted(kept)))
     assert len(survivors) > 1, "the seed chooses who survives"
 
@@ -119,7 +121,7 @@ def test_two_versions_of_one_page(tmp_path):
 
 
 def test_s_curve_as_fineweb_prints_it():
-    """arXiv:2406.17557, 3.4: 14 bands of 8 find pairs of similarity 0.7, 0.75, 0.8, 0.85 with 56%, 77%, 92% and 98.8%."""
+    """arXiv:2406.17557, 3.4: 14 bands of 8 find pairs of similarity 0.7, 0.75, 0.8, 0.85 in 56, 77, 92 and 98.8%."""
     for s, percent in (0.7, 56), (0.75, 77), (0.8, 92), (0.85, 98.8):
         assert abs(100 * dedup.lsh_probability(s, 14, 8) - percent) < 0.6
 
@@ -136,7 +138,8 @@ def planted_corpus(path: Path, documents: int, num_words: int = 120, seed: int =
             fresh = vocabulary[rng.integers(0, len(vocabulary), num_words)]
             if i % 3 == 2:
                 before, tokens = tokens, np.where(rng.permutation(num_words) < rng.integers(0, 16), fresh, tokens)
-                one, two = ({tuple(t[k:k + 5]) for k in range(num_words - 4)} for t in (before.tolist(), tokens.tolist()))
+                one, two = ({tuple(t[k:k + 5]) for k in range(num_words - 4)}
+                            for t in (before.tolist(), tokens.tolist()))
                 planted[i - 1, i] = len(one & two) / len(one | two)
             else:
                 tokens = fresh
@@ -145,7 +148,7 @@ def planted_corpus(path: Path, documents: int, num_words: int = 120, seed: int =
 
 
 def test_recall_and_precision_of_planted_pairs(tmp_path):
-    """Bands alone follow the S-curve in every tenth of similarity; recall and precision are theory's within 2 points."""
+    """Bands alone follow the S-curve in every tenth of similarity; recall and precision are theory's to 2 points."""
     documents = int(os.environ.get("DEDUP_DOCUMENTS", 4500))
     planted = planted_corpus(tmp_path / "c.jsonl", documents)
     s = np.array(list(planted.values()))
@@ -163,13 +166,15 @@ def test_recall_and_precision_of_planted_pairs(tmp_path):
                   f"{chance[wanted].mean():.4f}), precision {precision:.4f} (theory {expected:.4f})")
             # 4 standard errors of a share of n pairs stay within 2 points from n = 10,000 on; small runs get their own
             slack = lambda n: max(0.02, 4 * (0.25 / n) ** 0.5)
-            assert abs(recall - chance[wanted].mean()) < slack(wanted.sum()) and abs(precision - expected) < slack(found.sum())
+            assert abs(recall - chance[wanted].mean()) < slack(wanted.sum())
+            assert abs(precision - expected) < slack(found.sum())
             if verify:
                 assert not found[~wanted].any(), "a pair below the threshold was joined"
         for low in np.arange(0.3, 1, 0.1):
             at = (s >= low) & (s < low + 0.1)
             if at.sum() > 50:
-                print(f"   {low:.1f}+: {at.sum():6d} pairs, found {found[at].mean():.3f}, theory {chance[at].mean():.3f}")
+                print(f"   {low:.1f}+: {at.sum():6d} pairs, found {found[at].mean():.3f}, theory "
+                      f"{chance[at].mean():.3f}")
                 error = (chance[at] * (1 - chance[at])).sum() ** 0.5 / at.sum()
                 assert abs(found[at].mean() - chance[at].mean()) < 5 * error + 1e-9
 
@@ -214,9 +219,12 @@ def test_survivors_equal_plain(tmp_path, monkeypatch, seed):
 def test_lines_left_equal_plain(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     monkeypatch.setattr(dedup, "BATCH", rng.choice([8, 100, 1 << 19]))
-    pieces = [b"", b"a", b"a ", b"\r", b"x\r", b"\xff\xfe", b"eight888", b"eight8888", b"a longer line, of several words",
-              b"a longer line, of several wordz", "ünïcode".encode(), bytes(9), bytes(8), b"\x00" * 7 + b"a"] + [b"%d" % i for i in range(60)]
-    files = [b"".join(rng.choice(pieces) + rng.choice([b"\n", b"\n", b"\r\n"]) for _ in range(rng.choice([0, 1, 5, 40])))
+    pieces = [b"", b"a", b"a ", b"\r", b"x\r", b"\xff\xfe", b"eight888", b"eight8888",
+              b"a longer line, of several words",
+              b"a longer line, of several wordz", "ünïcode".encode(), bytes(9), bytes(8), b"\x00" * 7
+              + b"a"] + [b"%d" % i for i in range(60)]
+    files = [b"".join(rng.choice(pieces) + rng.choice([b"\n", b"\n", b"\r\n"])
+                      for _ in range(rng.choice([0, 1, 5, 40])))
              + rng.choice([b"", rng.choice(pieces)]) for _ in range(6)]
     inputs = write_files(tmp_path / "in", {f"{i}.txt": data for i, data in enumerate(files)})
     dedup.exact_line_dedup(inputs, tmp_path / "out")
@@ -229,7 +237,8 @@ def test_many_processes_write_what_one_writes(tmp_path):
     vocabulary = np.array(["word number %d" % i for i in range(999)])
     texts = [" ".join(vocabulary[rng.integers(0, 999, 300)]) + "\n" + "same line\n" * (i % 2) for i in range(1300)]
     texts[::7] = texts[1::7]
-    contents = {"a.jsonl": json_lines(texts[:1100]), "b.jsonl.gz": gzip.compress(json_lines(texts[1100:], 1100)), "c.txt": b"w1 w2"}
+    contents = {"a.jsonl": json_lines(texts[:1100]), "b.jsonl.gz": gzip.compress(json_lines(texts[1100:], 1100)),
+                "c.txt": b"w1 w2"}
     inputs = write_files(tmp_path / "in", contents)
     assert sum(map(len, contents.values())) > 4 << 20
     for name, function in ("m", dedup.minhash_dedup), ("x", dedup.exact_line_dedup):
@@ -242,8 +251,10 @@ def test_many_processes_write_what_one_writes(tmp_path):
 
 
 def test_the_hash_is_the_same_in_every_process():
-    code = "import dedup; print(dedup.hash_bytes(b'x' * 99), dedup.shingles('a b c', 2), [p.tolist() for p in dedup.permutations(2)])"
-    seen = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(dedup.__file__).parent)},
+    code = ("import dedup; print(dedup.hash_bytes(b'x' * 99), dedup.shingles('a b c', 2), "
+            "[p.tolist() for p in dedup.permutations(2)])")
+    seen = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed,
+                                                              "PYTHONPATH": str(Path(dedup.__file__).parent)},
                            capture_output=True, text=True, check=True).stdout for seed in "12"}
     assert len(seen) == 1
 
@@ -251,7 +262,8 @@ def test_the_hash_is_the_same_in_every_process():
 # ---- edges ----------------------------------------------------------------------------------------------------------
 
 def test_short_and_wordless_documents_are_compared_whole(tmp_path):
-    texts = ["", "", "   ", "!!!", "???", "?!", "one", "One.", "two", "one two", "two one", "one two three", "one, two, three"]
+    texts = ["", "", "   ", "!!!", "???", "?!", "one", "One.", "two", "one two", "two one", "one two three",
+             "one, two, three"]
     alike = [{0, 1, 2}, {6, 7}, {11, 12}]
     inputs = write_files(tmp_path / "in", {f"{i:02}.txt": text.encode() for i, text in enumerate(texts)})
     dedup.minhash_dedup(inputs, tmp_path / "out", num_hashes=20, num_bands=10, ngram=5, jaccard_threshold=0.8)
@@ -298,7 +310,8 @@ def test_empty_inputs(tmp_path):
 
 
 def test_lines_of_json_documents(tmp_path):
-    texts = ["menu\nfirst story\nabout us", "menu\nabout us", "second story\r\nmenu", "all my own", "", "Grüße \ud800\nmenu"]
+    texts = ["menu\nfirst story\nabout us", "menu\nabout us", "second story\r\nmenu", "all my own", "",
+             "Grüße \ud800\nmenu"]
     (tmp_path / "c.jsonl").write_bytes(json_lines(texts))
     dedup.exact_line_dedup(tmp_path / "c.jsonl", tmp_path / "out")
     lines = (tmp_path / "out" / "c.jsonl").read_bytes().splitlines(keepends=True)
@@ -322,7 +335,8 @@ def test_a_rerun_leaves_nothing_of_the_last(tmp_path):
 
 @pytest.mark.parametrize("options, complaint", [
     ({"num_hashes": 100, "num_bands": 30}, "multiple"), ({"num_hashes": 0}, "multiple"), ({"num_bands": 0}, "multiple"),
-    ({"ngram": 0}, "ngram"), ({"jaccard_threshold": 0.0}, "jaccard_threshold"), ({"jaccard_threshold": 1.1}, "jaccard_threshold")])
+    ({"ngram": 0}, "ngram"), ({"jaccard_threshold": 0.0}, "jaccard_threshold"),
+    ({"jaccard_threshold": 1.1}, "jaccard_threshold")])
 def test_bad_parameters(tmp_path, options, complaint):
     inputs = write_files(tmp_path / "in", {"a.txt": b"text"})
     with pytest.raises(ValueError, match=complaint):
@@ -331,9 +345,12 @@ def test_bad_parameters(tmp_path, options, complaint):
 
 
 PACKED = gzip.compress(json_lines([str(random.Random(i).random()) for i in range(2000)]))
-BAD_FILES = {"cut.jsonl.gz": (PACKED[:len(PACKED) // 2], "gzip"), "flipped.jsonl.gz": (PACKED[:5000] + b"\0\0\0\0" + PACKED[5004:], "gzip"),
-             "not.jsonl.gz": (b"plain", "gzip"), "a.jsonl": (b'{"text": "x"}\n{"text": \n', "line 2"), "b.jsonl": (b'{"txt": "x"}\n', "text"),
-             "c.jsonl": (b'{"text": 5}\n', "text"), "d.jsonl": (b"[1]\n", "line 1"), "e.jsonl": (b'{"text": "\xff"}\n', "line 1")}
+BAD_FILES = {"cut.jsonl.gz": (PACKED[:len(PACKED) // 2], "gzip"),
+             "flipped.jsonl.gz": (PACKED[:5000] + b"\0\0\0\0" + PACKED[5004:], "gzip"),
+             "not.jsonl.gz": (b"plain", "gzip"), "a.jsonl": (b'{"text": "x"}\n{"text": \n', "line 2"),
+             "b.jsonl": (b'{"txt": "x"}\n', "text"),
+             "c.jsonl": (b'{"text": 5}\n', "text"), "d.jsonl": (b"[1]\n", "line 1"),
+             "e.jsonl": (b'{"text": "\xff"}\n', "line 1")}
 
 
 @pytest.mark.parametrize("function", [dedup.exact_line_dedup, dedup.minhash_dedup])
@@ -345,15 +362,18 @@ def test_bad_files_leave_everything_as_it_was(tmp_path, function, name):
     with pytest.raises(ValueError, match=complaint) as caught:
         function(inputs, tmp_path / "out")
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    assert read_folder(tmp_path / "out") == {"good.txt": b"from an earlier run"} and len(os.listdir(tmp_path / "out")) == 1
+    assert read_folder(tmp_path / "out") == {"good.txt": b"from an earlier run"}
+    assert len(os.listdir(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize("function", [dedup.exact_line_dedup, dedup.minhash_dedup])
 def test_bad_places(tmp_path, function):
     a, b = write_files(tmp_path / "a", {"x.txt": b"1"})[0], write_files(tmp_path / "b", {"x.txt": b"2"})[0]
     (tmp_path / "empty").mkdir()
-    for inputs, out, complaint in [([a, b], "out", "same name"), ([tmp_path / "gone.txt"], "out", "does not exist"), ([], "out", "no input"),
-                                   ([tmp_path / "empty"], "out", "no input"), ([a], "a", "overlap"), ([tmp_path / "a"], "a", "overlap"),
+    for inputs, out, complaint in [([a, b], "out", "same name"), ([tmp_path / "gone.txt"], "out", "does not exist"),
+                                   ([], "out", "no input"),
+                                   ([tmp_path / "empty"], "out", "no input"), ([a], "a", "overlap"),
+                                   ([tmp_path / "a"], "a", "overlap"),
                                    ([tmp_path / "a"], "a/deeper", "overlap")]:
         with pytest.raises(ValueError, match=complaint):
             function(inputs, tmp_path / out)
@@ -367,9 +387,11 @@ def command_line(*arguments) -> subprocess.CompletedProcess:
 def test_command_line_says_what_is_wrong(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"{")
     for arguments in [tmp_path / "gone", "--out", tmp_path / "out"], [tmp_path / "c.jsonl"], \
-            [tmp_path / "c.jsonl", "--out", tmp_path / "out"], [tmp_path / "c.jsonl", "--out", tmp_path / "out", "--num-bands", "3"]:
+            [tmp_path / "c.jsonl", "--out", tmp_path / "out"], [tmp_path / "c.jsonl", "--out", tmp_path / "out",
+                                                                "--num-bands", "3"]:
         done = command_line(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith("dedup.py: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("dedup.py: "), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -395,22 +417,25 @@ def test_exact_lines_need_under_16_bytes_a_distinct_line(tmp_path):
 def test_memory_does_not_grow_with_the_documents(tmp_path):
     peaks = []
     for documents in 12_000, 48_000:
-        (tmp_path / f"{documents}.jsonl").write_bytes(json_lines([f"word{i} word{i % 7} and {i // 2} more of it" for i in range(documents)]))
-        peaks.append(peak_bytes(dedup.minhash_dedup, tmp_path / f"{documents}.jsonl", tmp_path / "out", num_processes=1))
-    # 5 bytes a document, and 1/256 of 16 bytes for each of 20 bands, a few times: 0.4 MB. Keeping all keys would be 11 MB.
+        (tmp_path / f"{documents}.jsonl").write_bytes(json_lines([f"word{i} word{i % 7} and {i // 2} more of it"
+                                                                  for i in range(documents)]))
+        peaks.append(peak_bytes(dedup.minhash_dedup, tmp_path / f"{documents}.jsonl", tmp_path / "out",
+                                num_processes=1))
+    # 5 bytes a document, and 1/256 of 16 bytes for each of 20 bands, a few times: 0.4 MB. All keys would be 11 MB.
     assert peaks[1] - peaks[0] < 1e6, peaks
 
 
 # ---- behind data_filter.py ------------------------------------------------------------------------------------------
 
 def test_from_filtered_pages_to_one_text_file(tmp_path):
-    """What data_filter.py leaves (a .jsonl.gz a crawl file, its report beside it) through both modes to a file for bpe.py."""
+    """What data_filter.py leaves (a .jsonl.gz a crawl file, its report beside it) through both modes to one text."""
     rng = random.Random(3)
     stories = [" ".join(rng.choice(" ".join(ANSWERS["sentences"]).split()) for _ in range(120)) for _ in range(30)]
     stories[20] = stories[4].replace("the", "The", 3) + " updated today"         # near-duplicates, in other files
     stories[29] = stories[7].upper()
     texts = [f"Home | About | Contact\n\n{story}\n© {i} all rights" for i, story in enumerate(stories)]
-    records = [{"url": f"http://example.org/{i}", "text": text, "language": "en", "scores": {"language": 0.98, "quality": 0.7},
+    records = [{"url": f"http://example.org/{i}", "text": text, "language": "en",
+                "scores": {"language": 0.98, "quality": 0.7},
                 "masked": {}} for i, text in enumerate(texts)]
     contents = {}
     for k in range(3):
@@ -429,6 +454,7 @@ def test_from_filtered_pages_to_one_text_file(tmp_path):
     assert len(urls) == 28 and len(urls & {4, 20}) == 1 and len(urls & {7, 29}) == 1
     for record in left:
         i = int(record["url"].split("/")[-1])
-        assert record == records[i] | {"text": f"{stories[i]}\n© {i} all rights"}, "the menu and the blank line went, no more"
+        text = f"{stories[i]}\n© {i} all rights"
+        assert record == records[i] | {"text": text}, "the menu and the blank line went, no more"
     assert (tmp_path / "train.txt").read_text() == "".join(record["text"] + "<|endoftext|>" for record in left)
     assert len((tmp_path / "clean.clusters.tsv").read_text().splitlines()) == 2
