@@ -9,10 +9,9 @@ Source:     Shao et al. 2024, arXiv:2402.03300 (GRPO); DeepSeek-AI 2025, arXiv:2
 Deviations: 1. No KL term, as in Dr. GRPO and DAPO. 2. An answer whose advantage is 0 has no gradient; it is counted and
             not computed. 3. The logged entropy is E[-log p] over the sampled tokens, not a sum over the vocabulary.
 Copy:       this file alone; needs torch. run(), open_engine() and train_grpo() import siblings. MIT.
-Run:        python grpo.py --explain
-            truth 0.5 | </think> <answer> 0.4 </answer>                  reward 0  advantage -0.8660
+Run:        python grpo.py     trains the embedded model; --model FOLDER --data FILE the real one
+            python grpo.py --explain
             truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
-            python grpo.py     trains the embedded model; --model FOLDER --data FILE the real one
 """
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ from torch.utils.benchmark import Timer
 # The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing
 # longer than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
 
-MAX_ANSWER = 256
+MAX_ANSWER, REWARDS = 256, ("reward", "format_reward", "answer_reward")
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
 UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm".split())
 NO_UNITS = {"pi", "sqrt", "and", "or", "to"}
@@ -143,13 +142,10 @@ def bare_text(text: str) -> str:
     return text[1] if re.fullmatch(r"\([a-z]\)", text) else text
 
 def grade(given: str, truth: str) -> bool:
-    r"""Is `given` the same answer as `truth`?
-
-    Numbers are compared exactly as fractions: 0.5 = 1/2 = \frac12 = 50%, 1,234 = 1234, 1\frac12 = 3/2; 0.33 is not
-    1/3. A unit may be left out but not be another one. Tuples and intervals need equal brackets and order; sets and
-    bare lists any order. Everything else is compared as text without spaces, case and LaTeX's decoration: 2\sqrt3
-    equals 2\sqrt{3} and not \sqrt{12}. Answers of more than 256 characters are wrong.
-    """
+    r"""Is `given` the same answer as `truth`? Numbers are compared exactly as fractions: 0.5 = 1/2 = \frac12 = 50%,
+    1,234 = 1234, 1\frac12 = 3/2; 0.33 is not 1/3. A unit may be left out but not be another one. Tuples and intervals
+    need equal brackets and order; sets and bare lists any order. Everything else is compared as text without spaces,
+    case and LaTeX's decoration: 2\sqrt3 equals 2\sqrt{3} and not \sqrt{12}. More than 256 characters are wrong."""
     given, truth = given.strip(), str(truth).strip()
     if not given or len(given) > MAX_ANSWER or len(truth) > MAX_ANSWER:
         return False
@@ -159,15 +155,13 @@ def graded(answer: str | None, ground_truth) -> dict[str, float]:
     """The three rewards, from an answer that was found (or None when the format was wrong)."""
     truths = ground_truth if isinstance(ground_truth, (list, tuple)) else [ground_truth]
     right = answer is not None and any(grade(answer, str(truth)) for truth in truths)
-    return {"reward": float(right), "format_reward": float(answer is not None), "answer_reward": float(right)}
+    return dict(zip(REWARDS, (float(right), float(answer is not None), float(right))))
 
 def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
-    r"""1 for a right answer in the form `... </think> <answer> ... </answer>`, otherwise 0.
-
-    The format alone is reported but earns nothing: a policy would learn to be content with it. The last <answer>
-    counts. ground_truth: a string or number, or a list of acceptable ones. An answer may stand in \boxed{}.
-    Example: r1_zero_reward("2+2=4 </think> <answer> 4 </answer>", "4")["reward"] -> 1.0
-    """
+    r"""1 for a right answer in the form `... </think> <answer> ... </answer>`, otherwise 0. The format alone earns
+    nothing: a policy would learn to be content with it. The last <answer> counts; in it, an answer may stand in
+    \boxed{}. ground_truth: a string or number, or a list of acceptable ones.
+    Example: r1_zero_reward("2+2=4 </think> <answer> 4 </answer>", "4")["reward"] -> 1.0"""
     answer, closed, _ = response.rpartition("<answer>")[2].partition("</answer>")
     if "</think> <answer>" not in response or not closed:
         return graded(None, ground_truth)
@@ -188,7 +182,6 @@ def compute_group_normalized_rewards(
         reward_fn: Callable, rollout_responses: list[str], repeated_ground_truths: list, group_size: int,
         advantage_eps: float, normalize_by_std: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to a question (arXiv:2402.03300, 4.1.2).
-
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
     one, and a group whose rewards are all alike, has advantage 0. The N responses of a batch stand group by group.
     Returns: advantages (N,), raw_rewards (N,), float32; the means of the rewards and the share of groups all alike.
@@ -196,7 +189,7 @@ def compute_group_normalized_rewards(
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
         raise ValueError(f"{N} responses and {len(repeated_ground_truths)} ground truths do not make groups of "
-                         f"{group_size}; need equally many of both, a multiple of the group size")
+                         f"{group_size}: both must be the same multiple of it")
     scores = [reward_fn(response, truth) for response, truth in zip(rollout_responses, repeated_ground_truths)]
     raw = torch.tensor([score["reward"] for score in scores], dtype=torch.float64)       # (N,)
     groups = raw.view(-1, group_size)                                                    # (N / G, G)
@@ -204,15 +197,14 @@ def compute_group_normalized_rewards(
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if normalize_by_std and group_size > 1:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + advantage_eps).masked_fill(alike, 1.0)
-    metadata = {"reward_mean": raw.mean().item(), "no_signal": alike.double().mean().item()}
-    metadata |= {key: sum(score.get(key, 0.0) for score in scores) / N for key in ("format_reward", "answer_reward")}
+    metadata = {key: mean(score.get(key, 0.0) for score in scores) for key in REWARDS}
+    metadata["no_signal"] = alike.double().mean().item()
     return advantages.masked_fill(alike, 0.0).reshape(N).float(), raw.float(), metadata
 
 def column(values: Tensor, log_probs: Tensor) -> Tensor:
     """(B, 1): one value a sequence. A bare (B,) would broadcast along T without a word when B == T."""
-    if values.numel() != log_probs.shape[0]:
-        raise ValueError(f"rewards and advantages are one value a sequence, shape ({log_probs.shape[0]}, 1), "
-                         f"not {tuple(values.shape)}")
+    if values.numel() != len(log_probs):
+        raise ValueError(f"rewards and advantages are one value a sequence, ({len(log_probs)}, 1), not {values.shape}")
     return values.reshape(-1, 1)
 
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
@@ -273,7 +265,6 @@ def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_r
 def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequence",
               normalize_constant: float | None = None) -> Tensor:
     """From (B, T) to a scalar. Who divides by what has consequences:
-
     sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO)
     token     (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3)
     constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: no weight depends on length (Dr. GRPO, sec. 3.2)
@@ -293,7 +284,6 @@ def grpo_microbatch_train_step(
         cliprange=None, *, length_normalization: str = "sequence", normalize_constant: float | None = None,
         importance_weights: Tensor | None = None) -> tuple[Tensor, dict]:
     """One micro-batch: loss at each token, `aggregate`, divided by gradient_accumulation_steps, backward.
-
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
     gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of
     unequal size add up to the loss of the whole batch exactly.
@@ -312,7 +302,6 @@ def grpo_microbatch_train_step(
 # ---------------------------------------------------------------- engines: token ids in, ids and log-probabilities out
 class TorchEngine:
     """Our own generator, model.generate. Given a `dtype` other than the model's, it samples from a copy of its own."""
-
     def __init__(self, model, tokenizer, generate_fn: Callable, stop_ids=(), dtype: torch.dtype | None = None,
                  graph: bool = False):
         self.tokenizer, self.generate_fn, self.stop_ids, self.graph = tokenizer, generate_fn, list(stop_ids), graph
@@ -339,13 +328,9 @@ class TorchEngine:
         """Nothing to give back: the weights are the trainer's, or a copy that is needed again in a moment."""
 
 class VllmEngine:
-    """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk.
-
-    hf_names: the parts of a parameter's name in Hugging Face's words. sleep() gives its GPU memory back for training;
-    sync() wakes it, loads the trainer's weights and empties the prefix cache, whose keys and values the old weights
-    made. It takes the first GPU; with the trainer on a second one (--device cuda:1) it never sleeps.
-    """
-
+    """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk. It is
+    on the first GPU, and sleeps while that one trains; with the trainer on a second (--device cuda:1) it never does.
+    hf_names: the parts of a parameter's name in Hugging Face's words."""
     def __init__(self, folder: str, tokenizer, hf_names: dict, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
@@ -372,7 +357,7 @@ class VllmEngine:
                 for output in outputs for answer in output.outputs]
 
     def sync(self, model) -> None:
-        """Wakes up, takes the trainer's weights, and forgets what the old ones computed."""
+        """Wakes up, takes the trainer's weights, and empties the prefix cache, which the old ones made."""
         if self.asleep:
             torch.cuda.empty_cache()                                  # what training kept for its next step
             self.llm.wake_up(tags=["weights"])
@@ -386,7 +371,7 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Gives its GPU memory back."""
+        """Gives its GPU memory back for training."""
         if self.sleeps and not self.asleep:
             self.llm.sleep(level=2)                                   # 2: drop its weights; sync() brings new ones
             self.asleep = True
@@ -433,27 +418,27 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, allowed in (("algorithm", ("grpo", "expert-iteration")), ("loss_type", tuple(LOSS_TYPES)),
-                              ("length_normalization", ("sequence", "token", "constant"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is none of {', '.join(allowed)}")
-        for field in fields(self):
-            if field.type == "int" and field.name not in ("seed", "checkpoint_every") and getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+        allowed = {"algorithm": ("grpo", "expert-iteration"), "loss_type": tuple(LOSS_TYPES),
+                   "length_normalization": ("sequence", "token", "constant")}
+        for name, value in asdict(self).items():
+            if value not in allowed.get(name, (value,)):
+                raise ValueError(f"{name} {value!r} is none of {', '.join(allowed[name])}")
+            if type(value) is int and name not in ("seed", "checkpoint_every") and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in ("group_size", "train_batch_size"):
             if self.rollout_batch_size % (divisor := getattr(self, name)):
                 raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
-        if self.max_tokens < self.min_tokens or not self.temperature > 0:
-            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}, or temperature "
-                             f"{self.temperature} is not above 0")
-        if self.importance_cap and self.temperature != 1:
-            raise ValueError("importance_cap needs temperature 1: engines report log-probabilities before temperature")
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
+        if not self.temperature > 0 or (self.importance_cap and self.temperature != 1):
+            raise ValueError(f"temperature {self.temperature} is not above 0, or importance_cap is given, which needs "
+                             "temperature 1: engines report log-probabilities before temperature")
         clip_range((self.cliprange, self.cliprange_high or self.cliprange))
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Rows in groups of rows x longest row <= max_tokens (a longer row goes alone), sorted, as like lengths pad little.
     Example: lengths [9, 2, 3], 12 -> [[1, 2], [0]]"""
-    groups: list[list[int]] = []
+    groups = []
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
             groups[-1].append(row)
@@ -468,7 +453,6 @@ def length_of(answer) -> int:
 def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
            old: list | None, config: GRPOConfig, clip: Callable) -> Counter:
     """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
-
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
     Returns: loss, gnorm; over the response tokens computed, the sums of 1, clipped and gap = |trainer - engine|;
@@ -481,7 +465,6 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
         tokens, device = int(mask.sum()), mask.device
-
         def spread(values) -> Tensor:                                 # the answers' lists, in place under the mask
             flat = torch.tensor([x for row in values for x in row], device=device)
             return torch.zeros(mask.shape, device=device).masked_scatter(mask, flat)
@@ -507,7 +490,6 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                run_dir: str | None = None, resume: bool = False, flops_per_token: float = 0.0,
                log: Callable[[str], None] = print) -> list[dict]:
     """GRPO (arXiv:2402.03300, Alg. 1, without its KL term), its variants, or expert iteration.
-
     problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
     problems. Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
@@ -571,9 +553,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         # 4. What happened
         train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
         updates, computed = max(sums["updates"], 1), max(sums["tokens"], 1)
-        line = {"step": step + 1, "reward": rewards["reward_mean"], "format": rewards["format_reward"],
-                "answer": rewards["answer_reward"], "no_signal": rewards["no_signal"], "loss": sums["loss"] / updates,
-                "gnorm": sums["gnorm"] / updates, "clipped": sums["clipped"] / computed, "gap": sums["gap"] / computed,
+        line = {"step": step + 1, **rewards, "loss": sums["loss"] / updates, "gnorm": sums["gnorm"] / updates,
+                "clipped": sums["clipped"] / computed, "gap": sums["gap"] / computed,
                 "entropy": -mean(x for a in answers for x in a.logprobs),     # E[-log p]: unbiased at temperature 1
                 "length": total / len(answers), "right": mean(len(a.ids) for a, r in zip(answers, raw) if r > 0),
                 "wrong": mean(len(a.ids) for a, r in zip(answers, raw) if r <= 0),
@@ -599,9 +580,7 @@ def mean(values) -> float | None:
 # ---------------------------------------------------------------- explain, check, time, run
 def self_check() -> float:
     """Walks through one group of four answers; returns the largest difference from numbers worked by hand.
-
-    Raises: AssertionError above 1e-6, float32 near 1; a biased std is off by 0.13, no clip by 0.006.
-    """
+    Raises: AssertionError above 1e-6, float32 near 1; a biased std is off by 0.13, no clip by 0.006."""
     texts = [r"1/4+1/4 </think> <answer> \frac{1}{2} </answer>", "</think> <answer> 0.4 </answer>", "1/2",
              "</think> <answer> 50% </answer>"]
     advantages, raw, _ = compute_group_normalized_rewards(r1_zero_reward, texts, ["0.5"] * 4, 4, 1e-6, True)
@@ -624,9 +603,8 @@ def self_check() -> float:
 
 def bench(seconds: float = 1.0) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
-    for name, text in [("an answer", r"so </think> <answer> $\frac{3}{4}$ cm </answer>"),
-                       ("1 MB of boxes", r"\boxed{" * 150_000),
-                       ("1 MB of digits", "</think> <answer>" + "9" * 10**6 + "</answer>")]:
+    for name, text in [("an answer", r"</think> <answer> $\frac{3}{4}$ cm </answer>"),
+                       ("1 MB of boxes", r"\boxed{" * 150_000), ("1 MB of digits", r"\boxed{" + "9" * 10**6 + "}")]:
         time = Timer("r1_zero_reward(text, '3/4'), question_only_reward(text, '3/4')", globals=globals() | locals())
         time = time.blocked_autorange(min_run_time=seconds)
         print(f"{name:16s} {time.median * 1e3:8.3f} ms (iqr {time.iqr * 1e3:.3f})")
@@ -715,21 +693,17 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
                  "coin": lambda response, truth: graded("1", zlib.crc32(response.encode()) % 2)}[args.reward]
     engine = open_engine(args.engine, model, tokenizer, source, end, args.dtype)
-    head = sft.head_log_probs
-    if args.compile:                                                  # one block's code serves them all
-        head = torch.compile(head, dynamic=True)
-        for block in model.layers:
-            block.compile(dynamic=True)
+    head = torch.compile(sft.head_log_probs, dynamic=True, disable=not args.compile)
+    for block in model.layers if args.compile else ():                # one block's code serves them all
+        block.compile(dynamic=True)
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
-
     def score(answers: list) -> tuple[Tensor, Tensor]:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
         ids, labels, mask = (x.to(device) for x in batch.values())
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
         return scored["log_probs"], mask
-
     def evaluate() -> dict:
         if not held_out:
             return {}

@@ -99,7 +99,7 @@ def test_group_normalized_rewards_known_answer():
             fixed_reward(rewards), ["0", "1", "2", "3"], [1, 0, 0, 1], G, NUMBERS["advantage_eps"], by_std)
         # float32 out: 2^-24 relative; a biased std would be wrong by a factor of 1.41, a left-out eps by 2e-6
         torch.testing.assert_close(advantages.double(), number(expected), rtol=1e-7, atol=0)
-        assert raw.tolist() == rewards and metadata["reward_mean"] == 0.5 and metadata["answer_reward"] == 0.5
+        assert raw.tolist() == rewards and metadata["reward"] == 0.5 and metadata["answer_reward"] == 0.5
 
 
 def test_groups_without_signal_have_advantage_zero():
