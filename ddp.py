@@ -63,9 +63,13 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
                              "lower --nproc-per-node, or choose the gloo backend")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds),
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # torchrun keeps its store over a restart: without a prefix, ranks would read the addresses of the dead.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                             device_id=device if backend == "nccl" else None)
-    return dist.get_rank(), dist.get_world_size(), device
+    return rank, world_size, device
 
 
 def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py
@@ -572,7 +576,7 @@ def bench(rank: int, world_size: int, device: torch.device, args: argparse.Names
         bench_collectives(device, args.max_mb or (1000 if large else 64), args.link_gb_s)
     if args.only != "collectives":
         bench_ddp(device, args.width or (2560 if large else 128), args.layers or (32 if large else 4),
-                  args.batch or (4 if large else 2), args.length or (512 if large else 64), repeats=10)
+                  args.batch or (8 if large else 2), args.length or (1024 if large else 64), args.repeats)
 
 
 def _bench_worker(rank: int, world_size: int, args: argparse.Namespace) -> None:
@@ -580,12 +584,14 @@ def _bench_worker(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    """Explains and checks, or times. Under torchrun: one rank a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", action="store_true", help="time the collectives and all versions beside torch's")
     parser.add_argument("--only", choices=["collectives", "ddp"], help="one table of the bench")
     parser.add_argument("--backend", choices=["nccl", "gloo"], help="under torchrun; default nccl where there is a GPU")
     parser.add_argument("--max-mb", type=int, help="largest message (default 1000 on GPUs, 64 on CPUs)")
     parser.add_argument("--link-gb-s", type=float, help="what a rank can send, GB/s (H100/H200 NVLink: 450)")
+    parser.add_argument("--repeats", type=int, default=10, help="of a step, after two to warm up")
     for name in ("width", "layers", "batch", "length"):
         parser.add_argument(f"--{name}", type=int, help="of the model that --bench trains; batch, length: per rank")
     args = parser.parse_args()

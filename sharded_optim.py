@@ -39,13 +39,11 @@ from torch import Tensor
 
 # Dims: N ranks, P parameters (elements), s elements of one rank's shard = ceil(numel / N)
 
-
 def spawn(worker, world_size: int, *args) -> None:  # twin: ddp.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
     so that no port is taken. If one dies, the others are stopped and the exception names its rank."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_enter, (worker, world_size, os.path.join(folder, "meet"), args), world_size)
-
 
 def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None:  # twin: ddp.py
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
@@ -55,7 +53,6 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
-
 
 def _broadcast(t: Tensor, source: int, async_op: bool = False) -> dist.Work | None:
     """Any dtype and stride: collectives want contiguous tensors and know few dtypes, so what they get are bytes."""
@@ -136,23 +133,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_dict(self, rank: int | None = None) -> dict:
         """The plain optimizer's state_dict(), gathered on the CPU: loads on any number of ranks, or without sharding.
         All ranks must call it. Args: rank: only this one keeps the tensors, the others an empty "state"; None: all."""
-        parameters, state = [p for group in self.param_groups for p in group["params"]], self.state
-
-        def light(p: Tensor, v):                                               # goes ahead, pickled: what there is
-            return v if not isinstance(v, Tensor) else v.to("meta") if v.device == p.device and v.dim() else v.cpu()
-        mine = {i: {k: light(p, v) for k, v in state[p].items()} for i, p in enumerate(parameters) if p in state}
-        everyones: list = [None] * self._world_size
-        dist.all_gather_object(everyones, mine)
-        whole: dict[int, dict] = {}
-        for i, p in enumerate(parameters):
-            entry = everyones[self.owner[p]].get(i)
-            for key, value in (entry or {}).items():
-                if isinstance(value, Tensor) and value.is_meta:
-                    value = state[p][key].contiguous() if p in state else torch.empty_like(value, device=p.device)
-                    _broadcast(value, self.owner[p])
-                    entry[key] = value.cpu().clone() if rank in (None, self._rank) else None
-            if entry is not None and rank in (None, self._rank):
-                whole[i] = entry
+        parameters, state, whole = [p for group in self.param_groups for p in group["params"]], self.state, {}
+        for i, p in enumerate(parameters):                                     # one at a time, to need little memory
+            entry = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in state[p].items()} if p in state else None]
+            dist.broadcast_object_list(entry, self.owner[p])
+            if entry[0] is not None and rank in (None, self._rank):
+                whole[i] = entry[0]
         index = {p: i for i, p in enumerate(parameters)}
         groups = [{**_options(group), "params": [index[p] for p in group["params"]]} for group in self.param_groups]
         return {"state": whole, "param_groups": groups}
@@ -167,15 +153,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
                                    "param_groups": [{**options, "params": list(range(len(mine)))}]})
             self.param_groups[g].update(options)
 
-
 def _options(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
-
 
 def _copied(state_dict: dict) -> dict:
     """So that entries can be replaced: torch's state_dict() hands out the optimizer's own dictionaries."""
     return {**state_dict, "state": {i: dict(entry) for i, entry in state_dict["state"].items()}}
-
 
 def _entries(optimizer: torch.optim.Optimizer, state_dict: dict) -> list[tuple[Tensor, dict]]:
     """Each parameter of the optimizer with its entry in a state dict. Raises: ValueError if the groups do not match."""
@@ -202,13 +185,11 @@ class _Shard:
         piece = whole.reshape(-1)[rank * self.size:(rank + 1) * self.size]
         return torch.nn.functional.pad(piece, (0, self.size - piece.numel()))
 
-
 class _Call:
     """One forward of a unit. missing: what of its backward is still to come."""
 
     def __init__(self, missing: set):
         self.missing = missing
-
 
 class _Gathered(torch.autograd.Function):
     """Forward: the shard is an input, the whole weight the output. Backward: the whole gradient is reduce-scattered."""
@@ -222,7 +203,6 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         ctx.unit.fsdp._reduce(ctx.unit, ctx.i, ctx.call, gradient)
         return None, None, None, None                                          # .grad is set once the sum has arrived
-
 
 class _Unit:
     """The weights that are gathered and freed together: a block, or a module that owns weights by itself."""
@@ -315,11 +295,9 @@ class _Unit:
             self.free()
         return True
 
-
 def _all_gather(whole: Tensor, mine: Tensor, async_op: bool = True) -> dist.Work | None:
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor       # renamed in torch 2.13
     return gather(whole, mine, async_op=async_op)
-
 
 class FSDP(nn.Module):
     """Fully sharded data parallelism: a rank keeps 1/N of every weight matrix, of its gradient and its optimizer state.
@@ -371,8 +349,7 @@ class FSDP(nn.Module):
         return self.module(*args, **kwargs)
 
     def no_sync(self):
-        """As in DDP, for the same loop, but without effect: each micro-batch's gradients are reduce-scattered at once,
-        since keeping them whole would take the memory that sharding saves."""
+        """As in DDP, for the same loop, but without effect: whole gradients are not kept, that is the point of it."""
         return contextlib.nullcontext()
 
     def _before_forward(self, unit: _Unit, args: tuple, kwargs: dict):
@@ -464,7 +441,8 @@ class FSDP(nn.Module):
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
-        """Waits for the last sums, averages the gradients of the parameters that stay whole, frees what is left."""
+        """Waits for the last sums, averages the gradients of the parameters that stay whole (zero where a rank did not
+        use one), frees what is left."""
         self._settle()
         self._order_known = bool(self._order)
         for unit in self._units:
@@ -474,19 +452,12 @@ class FSDP(nn.Module):
         replicated = [p for p in self.module.parameters() if p.requires_grad and p not in self._shards]
         for dtype in dict.fromkeys(p.dtype for p in replicated):
             parameters = [p for p in replicated if p.dtype == dtype]
-            used = parameters[0].new_ones(len(parameters))
-            for i, p in enumerate(parameters):
-                if p.grad is None:
-                    used[i] = 0                                                # did any rank use it? zero if none did
             flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1)
-                              for p in parameters] + [used])
+                              for p in parameters])
             dist.all_reduce(flat)
             flat /= self.world_size
-            for i, (p, mean) in enumerate(zip(parameters, flat.split([p.numel() for p in parameters] + [len(used)]))):
-                if p.grad is not None:
-                    p.grad.copy_(mean.view(p.shape))
-                elif flat[i - len(used)] != 0:                                 # the only case that waits for the device
-                    p.grad = mean.view(p.shape).clone()
+            for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad = mean.view(p.shape)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -494,11 +465,11 @@ class FSDP(nn.Module):
         Call on all ranks, after finish_gradient_synchronization(). Does not wait for the device."""
         sharded = [p.grad for p in self._shards if p.grad is not None]
         others = [p.grad for p in self.module.parameters() if p.grad is not None and p not in self._shards]
-        square = lambda gradients: torch.stack([n.float() for n in torch._foreach_norm(gradients)] or
-                                               [next(self.module.parameters()).new_zeros(())]).square().sum()
-        total = square(sharded)
+        zero = next(self.module.parameters()).new_zeros((), dtype=torch.float32)
+        total, rest = (torch.stack([zero, *torch._foreach_norm(gradients, 2, dtype=torch.float32)]).square().sum()
+                       if gradients else zero for gradients in (sharded, others))
         dist.all_reduce(total)
-        norm = (total + square(others)).sqrt()
+        norm = (total + rest).sqrt()
         torch._foreach_mul_(sharded + others, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
@@ -574,7 +545,6 @@ class FSDP(nn.Module):
         if self.log:
             self.log(event, unit.name)
 
-
 def _find_units(module: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module]]]:
     """(name, module that is called, modules whose weights it gathers), in registration order."""
     units, seen = [], set()
@@ -595,11 +565,9 @@ def _find_units(module: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module]
     walk("", module, False)
     return units
 
-
 def _tensors(output) -> list[Tensor]:
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return [output] if isinstance(output, Tensor) else [t for part in parts for t in _tensors(part)]
-
 
 def _is_lookup(outputs: list[Tensor]) -> bool:
     """An embedding's backward needs no weight, so gathering it again would be for nothing."""
@@ -617,13 +585,11 @@ def bytes_held(parameters: int, world_size: int, stage: int, weight=4, gradient=
     return parameters * {0: weight + gradient + state, 1: weight + gradient + state / world_size,
                          3: (weight + gradient + state) / world_size}[stage]
 
-
 def _model(width: int, layers: int, vocab_size: int) -> nn.Sequential:
     blocks = {f"layer {i}": nn.TransformerEncoderLayer(width, max(1, width // 128), 4 * width, 0.0, batch_first=True,
                                                        norm_first=True, bias=False) for i in range(layers)}
     return nn.Sequential(OrderedDict(embedding=nn.Embedding(vocab_size, width), **blocks,
                                      head=nn.Linear(width, vocab_size, bias=False)))
-
 
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, average=lambda model: None) -> None:
     optimizer.zero_grad(set_to_none=True)
@@ -631,12 +597,10 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, avera
     model.finish_gradient_synchronization() if isinstance(model, FSDP) else average(model)
     optimizer.step()
 
-
 def _average(model: nn.Module) -> None:
     for p in model.parameters():
         dist.all_reduce(p.grad)
         p.grad /= dist.get_world_size()
-
 
 def _explain(rank: int, world_size: int) -> None:
     say = print if rank == 0 else lambda *_, **__: None
@@ -661,20 +625,20 @@ def _explain(rank: int, world_size: int) -> None:
     say("2. Stage 3: a step on rank 0. The next unit is gathered before this one computes; the head, last in forward\n"
         "   and first in backward, is kept; an embedding's backward needs no weight")
     fsdp, _, fsdp_bytes = train(FSDP)
+    P, units = sum(p.numel() for p in plain.parameters()), fsdp._order
     say("3. Bytes held between steps by rank 0 (AdamW, fp32)     predicted  measured")
-    P = sum(p.numel() for p in plain.parameters())
-    pair = max(a.bytes + b.bytes for a, b in zip(fsdp._order, fsdp._order[1:]))
     for name, predicted, measured in [("plain data parallelism", bytes_held(P, world_size, 0), plain_bytes),
                                       ("ZeRO-1", bytes_held(P, world_size, 1), zero_bytes),
                                       ("FSDP", bytes_held(P, world_size, 3), fsdp_bytes),
-                                      ("FSDP, at most beside it: two units' weights", pair, fsdp.peak_gathered_bytes)]:
+                                      ("FSDP, at most beside it: two units' weights",
+                                       max(a.bytes + b.bytes for a, b in zip(units, units[1:])),
+                                       fsdp.peak_gathered_bytes)]:
         say(f"   {name:50s} {predicted:11,.0f} {measured:9,d}")
     for name, state, bound in [("ZeRO-1", zero.state_dict(), 0.0), ("FSDP", fsdp.full_state_dict(), 1e-6)]:
         worst = max((state[key] - value).abs().max().item() for key, value in plain.state_dict().items())
         if worst > bound:
             raise AssertionError(f"{name} differs from plain data parallelism by {worst:.1e}, more than {bound:.0e}")
         say(f"check: {name} = plain data parallelism after 3 steps, to {worst:.1e}  OK")
-
 
 def self_check() -> None:
     """Two gloo ranks: ZeRO-1 is plain data parallelism bit for bit; FSDP to 1e-6, the rounding of fp32 weights near 1
@@ -697,7 +661,6 @@ def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
     return times[2:].median().item(), (times[2:].max() - times[2:].min()).item()
 
-
 def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
     """One step with each kind of sharding and with torch's own: time, and memory beside the sum.
 
@@ -709,12 +672,21 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     width, layers = args.width or (2560 if cuda else 128), args.layers or (32 if cuda else 4)
     B, T, low = args.batch or (4 if cuda else 2), args.length or (512 if cuda else 64), torch.bfloat16 if cuda else None
-    options = dict(lr=1e-4, fused=cuda)
+    options, policy = dict(lr=1e-4, fused=cuda), MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low)
 
     def fully_sharded(model: nn.Module) -> nn.Module:
         for m in [*model, model]:
-            fully_shard(m, mp_policy=MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low))
+            fully_shard(m, mp_policy=policy)
         return model
+
+    def rest() -> None:                  # NCCL's watchdog holds what was sent until it looks, every tenth of a second
+        gc.collect()
+        if cuda:
+            torch.cuda.synchronize()
+            time.sleep(0.3)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     replicated = lambda m: nn.parallel.DistributedDataParallel(m.to(low or torch.float32), gradient_as_bucket_view=True)
     adamw = lambda ps: torch.optim.AdamW(ps, **options)
     sharded = lambda cls: lambda ps: cls(ps, torch.optim.AdamW, **options)
@@ -723,6 +695,7 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
                                     ("  ShardedOptimizer", 1, replicated, sharded(ShardedOptimizer)),
                                     ("torch fully_shard, AdamW", 3, fully_sharded, adamw),
                                     ("FSDP, AdamW", 3, lambda m: FSDP(m, low, low or torch.float32), adamw)]:
+        rest()
         base = torch.cuda.memory_allocated() if cuda else 0
         with torch.device(device):
             model = _model(width, layers, args.vocab)
@@ -731,11 +704,10 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
         optimizer = make(model.parameters())
         if rank == 0 and stage == 0:
             print(f"{dist.get_backend()} | N = {world_size} | {sum(sizes) / 1e6:.0f} M parameters, width {width}, "
-                  f"{layers} layers, {B} x {T} tokens a rank")
-            print(f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
+                  f"{layers} layers, {B} x {T} tokens a rank\n"
+                  f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
         for _ in range(3):                           # the first makes the moments, torch DDP its buckets in the second
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+            rest()
             _step(model, optimizer, torch.randint(args.vocab, (1, 64), device=device))
         peak = f"{(torch.cuda.max_memory_allocated() - base) / 1e9:9.2f}" if cuda else f"{'-':>9s}"
         # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
@@ -746,12 +718,9 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
         if rank == 0:
             print(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {peak} {predicted:9.2f}", flush=True)
         del model, optimizer
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-
 
 def main() -> int:
+    """Explains and checks, or times. Under torchrun: one rank a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", action="store_true", help="time and measure each stage beside torch's own")
     for name in ("width", "layers", "batch", "length"):

@@ -22,20 +22,18 @@ import itertools
 import json
 import math
 import os
-import platform
 import shutil
 import signal
 import statistics
 import sys
 import sysconfig
-import tempfile
 import threading
 import time
 import typing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator, TextIO
+from typing import Any, BinaryIO, Callable, Iterator
 
 import numpy as np
 import torch
@@ -46,13 +44,9 @@ from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
 
-
 class Stop(Exception):
     """A run cannot go on: the message says what happened and what to do, `code` is the process's exit status."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
+    code = 1
 
 
 # ------------------------------------------------------------------------------ 1. text, tokens, windows
@@ -72,13 +66,11 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def gather_corpus(out: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Writes train.txt and valid.txt from the standard library's sources, the text that every Python already holds.
 
-    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, where
-    the SHA-256 of the relative path divides by ten: a new file moves no other from one side to the other.
-    Returns: {"train": (documents, bytes), "valid": (documents, bytes)}.
+    Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, by the
+    hash of its path: a new file moves no other. Returns: {"train": (documents, bytes), "valid": (documents, bytes)}.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -96,7 +88,6 @@ def gather_corpus(out: str | os.PathLike) -> dict[str, tuple[int, int]]:
             file.writelines(documents)
     return {split: (len(documents), sum(map(len, documents))) for split, documents in texts.items()}
 
-
 def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -> np.ndarray:
     """Memory-maps a token file (N,). Raises: ValueError for a missing or foreign file, one of fewer than
     context_length + 1 tokens, or an id outside the vocabulary: what would fail, or lie, an hour later."""
@@ -109,10 +100,14 @@ def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -
     check_length(tokens, context_length)
     largest = max(int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     if largest >= vocab_size:
-        raise ValueError(f"{path} holds token id {largest}, outside the model's vocabulary of {vocab_size}; "
-                         "encode it with this model's tokenizer or raise --vocab-size")
+        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}; use its tokenizer")
     return tokens
 
+def check_length(tokens: np.ndarray, context_length: int) -> None:
+    """Raises: ValueError unless there is a whole window with all its targets."""
+    if len(tokens) <= context_length:
+        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and their targets; "
+                         "use more text or a smaller context length")
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device,
               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -128,49 +123,32 @@ def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: 
     starts = torch.randint(len(tokens) - context_length, (batch_size,), generator=generator).numpy()
     return windows_at(tokens, starts, context_length, device)
 
-
-def check_length(tokens: np.ndarray, context_length: int) -> None:
-    """Raises: ValueError unless there is a whole window with all its targets."""
-    if len(tokens) <= context_length:
-        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and their targets; "
-                         "use more text or a smaller context length")
-
-
 def windows_at(tokens: np.ndarray, starts: np.ndarray, context_length: int,
                device: str | torch.device) -> tuple[Tensor, Tensor]:
     """The windows at given starts (B,). The copy to a GPU is from pinned memory and does not wait."""
     batch = torch.from_numpy(tokens[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))     # (B, T + 1)
     if torch.device(device).type == "cuda":
-        batch = batch.pin_memory().to(device, non_blocking=True)
-    else:
-        batch = batch.to(device)
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]                                                                     # (B, T) each
 
 
 # ------------------------------------------------------------------------------ 2. checkpoints
 
-def bare(model: Any) -> Any:
-    """The module inside torch.compile's and DDP's wrappers: its parameter names are the checkpoint's."""
-    while hasattr(model, "_orig_mod") or hasattr(model, "module"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-    return model
-
-
 def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, step: int,
                     out: str | os.PathLike | BinaryIO, **more: Any) -> None:
     """Writes model and optimizer, or their state dicts, the step and whatever else is given.
 
-    Args: out: a path, replaced whole or not at all, or an open binary file. more: what
-        torch.load(weights_only=True) reads back: tensors, numbers, strings, dicts.
-    Raises: OSError, when the disk is full say; the file that was there before is still there then.
+    Args: out: a path, replaced whole or not at all, or an open binary file. more: tensors, numbers, strings, dicts of
+    them, which torch.load(weights_only=True) reads back. Raises: OSError, when the disk is full say; the file that was
+    there before is still there then.
     """
-    model, optimizer = (x if isinstance(x, dict) else bare(x).state_dict() for x in (model, optimizer))
+    model, optimizer = (x if isinstance(x, dict) else x.state_dict() for x in (model, optimizer))
     try:
         with write_whole(out) if isinstance(out, (str, os.PathLike)) else contextlib.nullcontext(out) as file:
             torch.save({"model": model, "optimizer": optimizer, "step": step, **more}, file)
     except RuntimeError as error:                         # torch's zip writer reports a full disk as a RuntimeError
         raise OSError(f"could not write {out}: {error}") from None
-
 
 def read_checkpoint(src: str | os.PathLike | BinaryIO) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU. Raises: ValueError, in one line, for a missing or damaged file."""
@@ -185,7 +163,6 @@ def read_checkpoint(src: str | os.PathLike | BinaryIO) -> dict[str, Any]:
         raise ValueError(f"{src} holds no model, optimizer and step; it was not written by save_checkpoint")
     return state
 
-
 def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Module,
                     optimizer: torch.optim.Optimizer | None = None) -> int:
     """Restores model and optimizer in place, from a file or from what `read_checkpoint` gave. Returns: the step.
@@ -194,7 +171,7 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Mo
     """
     state, name = (src, "the checkpoint") if isinstance(src, dict) else (read_checkpoint(src), src)
     there, here = ({key: tuple(tensor.shape) for key, tensor in tensors.items()}
-                   for tensors in (state["model"], bare(model).state_dict()))
+                   for tensors in (state["model"], model.state_dict()))
     wrong = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
     if wrong:
         raise ValueError(f"{name} is of another configuration: {wrong[0]} is {there.get(wrong[0], 'absent')} there and "
@@ -204,7 +181,7 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Mo
             optimizer.load_state_dict(state["optimizer"])
         except (ValueError, KeyError) as error:
             raise ValueError(f"{name} holds another optimizer's state ({error}); resume with that one") from None
-    bare(model).load_state_dict(state["model"])
+    model.load_state_dict(state["model"])
     return state["step"]
 
 
@@ -239,17 +216,14 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
-
 def plain_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean loss in nats over the B * T targets, by torch's own cross-entropy of the full logits (B, T, V)."""
     return F.cross_entropy(model(x).flatten(0, -2).float(), y.flatten())
-
 
 def evaluation_starts(tokens: np.ndarray, context_length: int, count: int) -> np.ndarray:
     """Starts of at most `count` evenly spread windows that overlap as little as they can: the same for every run."""
     room = len(tokens) - context_length - 1
     return np.unique(np.linspace(0, room, min(count, room // context_length + 1)).astype(np.int64))
-
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, loss_fn: Callable, tokens: np.ndarray, starts: np.ndarray, context_length: int,
@@ -260,11 +234,10 @@ def evaluate(model: torch.nn.Module, loss_fn: Callable, tokens: np.ndarray, star
     total = torch.zeros((), device=device)                                       # read once, at the end
     for i in range(0, len(starts), batch_size):
         x, y = windows_at(tokens, starts[i:i + batch_size], context_length, device)
-        with autocast(device, precision):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
             total += loss_fn(model, x, y).float() * len(x)
     model.train()
     return total.item() / len(starts)
-
 
 def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[tuple[Tensor, Tensor]],
                   loss_fn: Callable, clip: Callable, config: TrainConfig, parallel: Any = None) -> Tensor:
@@ -277,7 +250,8 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
     for i, (x, y) in enumerate(batch):
         quiet = parallel is not None and i + 1 < len(batch)              # gradients travel after the last one only
         with parallel.no_sync() if quiet else contextlib.nullcontext():
-            with phase("forward"), autocast(x.device, config.precision):
+            low = torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "autocast")
+            with phase("forward"), low:
                 part = loss_fn(model, x, y) / len(batch)                 # the parts' sum is the mean over all targets
             with phase("backward"):
                 part.backward()
@@ -294,19 +268,12 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
         optimizer.step()
     return torch.stack([loss, norm.to(loss)])
 
-
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
     """Names a stretch of the step, for torch.profiler and as an NVTX range."""
-    with torch.profiler.record_function(name), torch.cuda.nvtx.range(name) if torch.cuda.is_available() \
-            else contextlib.nullcontext():
+    nvtx = torch.cuda.nvtx.range(name) if torch.cuda.is_available() else contextlib.nullcontext()
+    with torch.profiler.record_function(name), nvtx:
         yield
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """Matrix products in bf16 from fp32 weights, if asked."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast")
-
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens: np.ndarray, valid_tokens: np.ndarray,
           config: TrainConfig, *, loss_fn: Callable = plain_loss, schedule: Callable[[int], float] | None = None,
@@ -316,20 +283,17 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
           log: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains in place, on whatever device the model lies.
 
-    Args:
-        train_tokens, valid_tokens: (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
-        schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping.
-        parallel: the ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks.
-        run_dir: takes last.pt and log.jsonl; None writes nothing. resume: go on from run_dir/last.pt if it is there.
-        more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show now and then.
-        bytes_per_token: of the evaluation windows; gives bits per byte. log: takes each line.
+    Args: train_tokens, valid_tokens (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
+    schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping. parallel: the
+    ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks. run_dir: takes last.pt and log.jsonl;
+    None writes nothing. resume: go on from run_dir/last.pt if it is there. more_state: goes into every checkpoint (the
+    model's configuration, say). sample() -> text to show. bytes_per_token: of the evaluation windows, for bits a byte.
     Returns: train_loss and valid_loss (nats per token), bits_per_byte, tokens, seconds, tokens_per_second.
-    Raises: Stop for a loss or gradient norm that is not finite, on SIGTERM or Ctrl-C (after saving), and when the last
-        checkpoint cannot be written; ValueError for a batch that does not divide.
+    Raises: Stop for a loss or gradient norm that is not finite, and on SIGTERM or Ctrl-C, after saving; OSError for a
+    checkpoint that cannot be written (the one before is kept); ValueError for a batch that does not divide.
     """
-    ranks = torch.distributed if parallel is not None else None
-    rank, world_size = (ranks.get_rank(), ranks.get_world_size()) if ranks else (0, 1)
-    sharded = hasattr(parallel, "full_state_dict")        # FSDP: no rank holds whole tensors
+    many, sharded, ranks = parallel is not None, hasattr(parallel, "full_state_dict"), torch.distributed
+    rank, world_size = (ranks.get_rank(), ranks.get_world_size()) if many else (0, 1)
     device, T, share = next(model.parameters()).device, config.context_length, config.batch_size // world_size
     micro = min(config.micro_batch_size or share, share)
     if config.batch_size % world_size or not share or share % micro:
@@ -349,33 +313,28 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             load_checkpoint(state, model, optimizer)
         generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
-        first, seconds_before = state["step"], state["seconds"]
-        saved = first
+        first, saved, seconds_before = state["step"], state["step"], state["seconds"]
         log(f"resumed from {last} at step {first}")
     if last and rank == 0:
-        journal = open_journal(last.with_name("log.jsonl"), first)
-    began = time.perf_counter()
-    elapsed = lambda: seconds_before + time.perf_counter() - began
+        cut_journal(journal := last.with_name("log.jsonl"), first)
+    began = time.perf_counter() - seconds_before
 
     def report(line: str, **values: Any) -> None:         # for people, and the same values for programs
         log(f"step {values['step']}/{config.steps} | {line}")
         if journal:
-            journal.write(json.dumps(values) + "\n")
+            with open(journal, "a", encoding="utf-8") as file:
+                print(json.dumps({**values, "tokens": values["step"] * config.batch_size * T}), file=file)
 
-    def save(step: int, final: bool) -> None:             # every rank calls it: to gather is a collective
+    def save(step: int) -> None:                          # every rank calls it: to gather is a collective
         nonlocal saved
-        state = (parallel.full_state_dict(rank=0), parallel.full_optimizer_state_dict(optimizer, rank=0)) if sharded \
-            else (bare(model).state_dict(), optimizer.state_dict())
-        try:
-            if last and rank == 0:
-                save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
-                                seconds=elapsed(), train_config=dataclasses.asdict(config), **(more_state or {}))
-            saved = step
-        except OSError as error:
-            kept = f"that of step {saved} is kept" if saved else "there is no older one"
-            if final:
-                raise Stop(f"the checkpoint of step {step} was not written ({error}); {kept}. Free space and --resume")
-            log(f"the checkpoint of step {step} was not written ({error}); {kept}. Training goes on")
+        if sharded:                                       # FSDP: no rank holds whole tensors
+            state = parallel.full_state_dict(rank=0), parallel.full_optimizer_state_dict(optimizer, rank=0)
+        else:                                             # ZeRO-1: the moments have owners
+            state = model, optimizer.state_dict(**{"rank": 0} if hasattr(optimizer, "owner") else {})
+        if last and rank == 0:
+            save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
+                            seconds=time.perf_counter() - began, train_config=dataclasses.asdict(config), **(more_state or {}))
+        saved = step
 
     caught: list[int] = []                                # signals, acted on between two steps
     main_thread = threading.current_thread() is threading.main_thread()
@@ -383,7 +342,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
                 for number in (signal.SIGTERM, signal.SIGINT) if last and main_thread}
     recent: list[Tensor] = []                             # (loss, norm) of the steps since they were last read
     loss = valid = math.nan
-    marked, marked_step = began, first
+    marked, marked_step = time.perf_counter(), first
     model.train()
     try:
         for done in range(first + 1, config.steps + 1):
@@ -397,16 +356,17 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             recent.append(training_step(model, optimizer, batch, loss_fn, clip, config, parallel))
 
             due = lambda every: every > 0 and done % every == 0 or done == config.steps
-            stopping = bool(caught)                       # asked once: a signal may come between any two lines
-            saving = stopping or due(config.checkpoint_every)
             logging = due(config.log_every) or done == first + 1
+            stopping = max(caught, default=0)             # asked once: a signal may come between any two lines
+            if many:                                      # all stop at one step, or some would wait for ever
+                stopping = largest_of_ranks(stopping, device) if logging else 0
+            saving = stopping or due(config.checkpoint_every)
             if logging or saving:
                 loss, norm = read_losses(recent, done, saved, last)      # never save what is already lost
             if logging:
-                now = time.perf_counter()
-                speed = (done - marked_step) * config.batch_size * T / (now - marked)
+                speed = (done - marked_step) * config.batch_size * T / (time.perf_counter() - marked)
                 eta, memory = int((config.steps - done) * config.batch_size * T / speed), memory_in_use(device)
-                marked, marked_step = now, done
+                marked, marked_step = time.perf_counter(), done
                 report(f"loss {loss:.3f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed / 1e3:.1f}k tok/s | "
                        f"mem {memory / 1e9:.1f} GB | eta {eta // 60}m{eta % 60:02d}s",
                        step=done, loss=loss, lr=rate, gnorm=norm, tokens_per_second=speed, memory=memory)
@@ -414,28 +374,32 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
                 valid = evaluate(model, loss_fn, valid_tokens, starts, T, micro, config.precision)
                 bits = bits_per_byte(valid, bytes_per_token)
                 report(f"valid {valid:.3f} nats/token" + (f" | {bits:.3f} bits/byte" if bits else ""),
-                       step=done, valid_loss=valid, bits_per_byte=bits, seconds=elapsed())
+                       step=done, valid_loss=valid, bits_per_byte=bits, seconds=time.perf_counter() - began)
             if sample and rank == 0 and config.sample_every and done < config.steps and due(config.sample_every):
                 log(f"sample at step {done}: {sample()!r}")
             if saving:
-                save(done, final=stopping or done == config.steps)
+                save(done)
             if stopping and done < config.steps:
-                raise Stop(f"{signal.Signals(caught[0]).name} after step {done}; the checkpoint {last} is written: to "
-                           "go on, add --resume to the same command", 128 + caught[0])
+                stop = Stop(f"{signal.Signals(stopping).name} after step {done}; the checkpoint {last} is written: to go "
+                            "on, add --resume to the same command")
+                stop.code = 128 + stopping
+                raise stop
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if journal:
-            journal.close()
-    tokens, seconds = config.steps * config.batch_size * T, elapsed()
+    tokens, seconds = config.steps * config.batch_size * T, time.perf_counter() - began
     return {"train_loss": loss, "valid_loss": valid, "bits_per_byte": bits_per_byte(valid, bytes_per_token),
             "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
 
+def largest_of_ranks(number: int, device: torch.device) -> int:
+    """What the rank with the largest number has; waits for the device."""
+    number = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+    return number.item()
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float | None:
     """The loss in a unit that no tokenizer can flatter; None where the bytes are not known."""
     return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else None
-
 
 def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) -> list[float]:
     """Waits for the device, empties `recent` and returns its newest [loss, norm].
@@ -451,77 +415,73 @@ def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) 
                        "high or a warm-up too short (try a third of --max-lr), no clipping, a precision that overflows")
     return values[-1]
 
-
-def open_journal(path: Path, first: int) -> TextIO:
-    """log.jsonl, cut back to where the run begins: a killed one may have left half a line, and steps to redo."""
+def cut_journal(path: Path, first: int) -> None:
+    """Ends log.jsonl where the run begins: a killed one may have left half a line, and steps to do again."""
     lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
     with write_whole(path) as file:
         whole = (line for line in lines if line.endswith("}"))
         file.writelines(f"{line}\n".encode() for line in whole if json.loads(line)["step"] <= first)
-    return open(path, "a", buffering=1, encoding="utf-8")
-
 
 def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process on a CPU (0 where the platform does not say)."""
+    """Peak bytes: of the GPU's allocator, or of this process on a CPU (0 on Windows, which does not say)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:                                   # Windows
+    if sys.platform == "win32":
         return 0
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------ 4. putting it together
 
-# name: (model, run). Every field of ModelConfig and TrainConfig is also a flag that overrides the preset.
-PRESETS: dict[str, tuple[dict, dict]] = {
-    "corpus": (dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6),
-               dict(steps=350, batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=50,
-                    checkpoint_every=50)),
-    "tinystories": (dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16, d_ff=1344),
-                    dict(steps=10_000, batch_size=128, max_lr=3e-3, min_lr=3e-5, warmup_steps=500, eval_every=1000,
-                         eval_windows=2048, checkpoint_every=2000, log_every=100, precision="autocast")),
-    "owt": (dict(vocab_size=32_000, context_length=1024, d_model=768, num_layers=12, num_heads=12),
-            dict(steps=20_000, batch_size=256, micro_batch_size=64, max_lr=2e-3, min_lr=2e-5, warmup_steps=1000,
-                 eval_every=1000, eval_windows=1024, checkpoint_every=2000, log_every=50, precision="autocast")),
+# Every field of ModelConfig and TrainConfig is a flag; a preset, or the size of a benchmark, says what they are if not
+# given.
+PRESETS: dict[str, dict] = {
+    "corpus": dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6, steps=350,
+                   batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=50, checkpoint_every=50),
+    "tinystories": dict(vocab_size=10_000, context_length=256, d_model=512, num_layers=4, num_heads=16, d_ff=1344,
+                        steps=10_000, batch_size=128, max_lr=3e-3, min_lr=3e-5, warmup_steps=500, eval_every=1000,
+                        eval_windows=2048, checkpoint_every=2000, log_every=100, precision="autocast"),
+    "owt": dict(vocab_size=32_000, context_length=1024, d_model=768, num_layers=12, num_heads=12, steps=20_000,
+                batch_size=256, micro_batch_size=64, max_lr=2e-3, min_lr=2e-5, warmup_steps=1000, eval_every=1000,
+                eval_windows=1024, checkpoint_every=2000, log_every=50, precision="autocast"),
 }
-SIZES = {name: dict(zip(("d_model", "num_layers", "num_heads"), shape), d_ff=None) for name, shape in {
-    "small": (768, 12, 12), "medium": (1024, 24, 16), "large": (1280, 36, 20), "xl": (2560, 32, 32),
-    "8b": (4096, 34, 32), "10b": (4608, 50, 36)}.items()}
-SIZES["8b"].update(vocab_size=151_936, context_length=32_768, d_ff=11_008)
-# What `--benchmark 8b` means, on two GPUs of 141 GB; every flag given on the command line overrides its own.
-FLAGS_8B = dict(parallel="fsdp", batch_size=2, precision="bf16", compile=True, attention="triton", update="triton",
-                recompute_hidden=14, modes=["step"], warmup=2, repeats=4)
+SIZES = {name: dict(d_model=width, num_layers=layers, num_heads=heads, d_ff=None) for name, width, layers, heads in [
+    ("small", 768, 12, 12), ("medium", 1024, 24, 16), ("large", 1280, 36, 20), ("xl", 2560, 32, 32),
+    ("8b", 4096, 34, 32), ("10b", 4608, 50, 36)]}
+# Two GPUs of 141 GB, under torchrun. A rank holds, in GB: fp32 masters 16.3, bf16 moments 16.3, of 34 blocks what
+# attention and products gave 54.9, of 31 the feed-forward's hidden products 44.7; then, where the backward pass begins,
+# the head 1.2 and its gradient in fp32 (twice) and bf16 6.2, the stream 1.1: 140.7 in all. bf16 moments do not stall
+# at beta2 = 0.95: a step moves the second one by 5% of what it lacks, far more than the 0.4% that bf16 resolves.
+SIZES["8b"].update(
+    vocab_size=151_936, d_ff=11_008, context_length=32_768, batch_size=2, precision="bf16", parallel="fsdp",
+    compile=True, attention="triton", update="triton", moments="bf16", recompute_hidden=3, modes=["step"], warmup=2,
+    repeats=4)
 
 
-def recompute_hidden(model: torch.nn.Module, blocks: int | None, compile: Callable) -> None:
-    """Has every block keep for backward only what is dear to make: the results of attention and of matrix products.
-    Norms, rotations and gates are made again; in the first `blocks` blocks also the feed-forward's two products (T, F).
+def keep_products(model: torch.nn.Module, recompute_hidden: int, compile: Callable) -> None:
+    """Has every block keep for backward only what is dear to make: what attention and matrix products gave. Norms,
+    rotations and gates are made again, in the first `recompute_hidden` blocks the feed-forward's products (T, F) too.
 
-    Bytes a token and block in bf16: 12 D + 4 H and, if kept, 4 F. None: all is kept that backward reads. `compile` wraps
-    each block, inside FSDP's hooks; all blocks share one compilation of each kind.
+    Bytes kept per token and block in bf16: 12 D + 4 H, and 4 F. compile: torch.compile, or what does nothing.
     """
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-    d_ff = model.config.d_ff
 
-    def policy(hidden_too: bool, ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(hidden_too: bool, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         keep = "attention" in str(op) or "flash_attn" in str(op)
-        if op is torch.ops.aten.mm.default:               # (T, D) x (D, D or F) or, whose result nobody reads, x (F, D)
-            (_, inner), (_, outer) = args[0].shape, args[1].shape
-            keep = inner != d_ff and (outer != d_ff or not hidden_too)
+        if op is torch.ops.aten.mm.default:               # nobody reads what the last one gives, from F back to D
+            inner, outer, d_ff = *args[1].shape, model.config.d_ff
+            keep = inner != d_ff and not (hidden_too and outer == d_ff)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    def selective(hidden_too: bool) -> Callable:
+    def forward(hidden_too: bool) -> Callable:
         contexts = partial(create_selective_checkpoint_contexts, partial(policy, hidden_too))
         return compile(lambda block, *args: checkpoint(type(block).forward, block, *args, use_reentrant=False,
                                                        context_fn=contexts))
-    kinds = [selective(False), selective(True)] if blocks is not None else [compile(lambda block, *args:
-                                                                                    type(block).forward(block, *args))]
+    kinds = forward(False), forward(True)                 # blocks of a kind share one compilation
     for i, block in enumerate(model.layers):
-        block.forward = partial(kinds[blocks is not None and i < blocks], block)
+        block.forward = partial(kinds[i < recompute_hidden], block)
     model.ln_final.forward = compile(model.ln_final.forward)
-
 
 class Setup:
     """The siblings put together as the flags ask. They are imported here, when main() calls, and handed on."""
@@ -531,16 +491,9 @@ class Setup:
         import model
         import optim
         self.args, self.bpe, self.lm, self.optim, self.rank = args, bpe, model, optim, 0
-        shape, run = (dict(values) for values in PRESETS[args.preset])
-        if args.benchmark:
-            shape.update(SIZES[args.benchmark])
-        for values, kind in ((shape, model.ModelConfig), (run, TrainConfig)):
-            given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(kind)}
-            values.update({name: value for name, value in given.items() if value is not None})
-        run["context_length"] = shape["context_length"]
-        if args.warmup_steps is None:                     # a shorter run warms up for a shorter time
-            run["warmup_steps"] = min(run["warmup_steps"], run["steps"] // 10)
-        self.model_config, self.config = model.ModelConfig(**shape), TrainConfig(**run)
+        self.model_config, self.config = (kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)
+                                                  if getattr(args, f.name, None) is not None})
+                                          for kind in (model.ModelConfig, TrainConfig))
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
         if not there.get(name.split(":")[0]):
@@ -549,23 +502,21 @@ class Setup:
         if args.parallel != "none":
             import ddp
             self.rank, _, self.device = ddp.init_distributed("nccl" if self.device.type == "cuda" else "gloo")
+        self.attention = model.plain_attention if args.attention == "plain" else model.sdpa_attention
         if args.attention == "triton":
             import flash_attn_triton
             self.attention = flash_attn_triton.flash_attention
-        else:
-            self.attention = model.plain_attention if args.attention == "plain" else model.sdpa_attention
-        if args.attention == "cudnn":                     # of torch's own kernels this one, or an error
-            for other in ("flash", "mem_efficient", "math"):
-                getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)
+        for other in ("flash", "mem_efficient", "math") if args.attention == "cudnn" else ():
+            getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)          # of torch's own kernels this one only
         self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
-        backend = "triton" if self.device.type == "cuda" else "torch"
+        backend, c = "triton" if self.device.type == "cuda" else "torch", self.config
         full = lambda m, x, y: model.cross_entropy(m(x), y)
         fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y,
                                                            backend=backend)
-        loss_fn = fused if args.loss == "fused" else full
-        whole_step = args.compile and args.parallel != "fsdp"                   # FSDP's hooks stay out: blocks, below
-        self.loss_fn = torch.compile(loss_fn, mode=args.compile_mode) if whole_step else loss_fn
-        c = self.config                                   # steps count from 0, and the first one already moves
+        self.loss_fn = fused if args.loss == "fused" else full
+        if args.compile and args.parallel != "fsdp":      # FSDP's hooks stay out of what is compiled
+            self.loss_fn = torch.compile(self.loss_fn)
+        # steps count from 0, and the first one already moves
         self.schedule = lambda step: optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
         self.clip = partial(optim.clip_grad_norm_, error_if_nonfinite=False)     # the loop finds it, a little later
 
@@ -585,56 +536,48 @@ class Setup:
         c, args, wrapper, own = self.config, self.args, None, [p for p in model.parameters() if p.requires_grad]
         groups = [{"params": [p for p in own if p.dim() >= 2]},
                   {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
         adamw, options = self.optim.AdamW, dict(lr=c.max_lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
         if args.parallel in ("ddp", "zero1"):
             import ddp
             wrapper = ddp.DDP(model)
         if args.parallel in ("zero1", "fsdp"):
             import sharded_optim
-            if args.parallel == "zero1":
-                options["optimizer_cls"], adamw = adamw, sharded_optim.ShardedOptimizer
-            else:
-                wrapper = sharded_optim.FSDP(model, torch.bfloat16 if c.precision == "autocast" else None,
-                                             torch.bfloat16 if c.precision == "bf16" else torch.float32)
-                self.whole = wrapper.gathered
-                compile = partial(torch.compile, mode=args.compile_mode) if args.compile else lambda forward: forward
-                recompute_hidden(model, args.recompute_hidden, compile)
-        if args.optimizer == "muon":
-            if args.parallel in ("zero1", "fsdp"):
+            if args.optimizer == "muon":
                 raise ValueError("muon needs whole matrices; use --parallel ddp, or --optimizer adamw")
+            if args.parallel == "zero1":
+                adamw = partial(sharded_optim.ShardedOptimizer, optimizer_cls=adamw)
+            else:                                         # dtypes of gathered weights (None: as they are) and of sums
+                dtypes = {"fp32": (), "autocast": (torch.bfloat16,), "bf16": (None, torch.bfloat16)}[c.precision]
+                wrapper = sharded_optim.FSDP(model, *dtypes)
+                self.whole = wrapper.gathered
+                if args.compile or args.recompute_hidden:                      # blocks, within FSDP's hooks
+                    keep_products(model, args.recompute_hidden, torch.compile if args.compile else lambda f: f)
+        if args.optimizer == "muon":
             optimizer = self.optim.Muon(model.named_parameters(), **options)
         else:
-            optimizer = adamw(groups, **options, state_dtype=torch.float32, master_weights=True,
-                              fused=None if args.update == "loop" else args.update)
+            optimizer = adamw(groups, **options, fused=None if args.update == "loop" else args.update,
+                              state_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.moments],
+                              master_weights=True)
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(grouped) == sorted(map(id, own)), "a parameter stands in no group, or in two"
         return optimizer, wrapper
 
-    def memory(self, ranks: int) -> dict[str, float]:
-        """Bytes of a rank where a step of FSDP holds most: the loss's backward, when all blocks' activations are there
-        and no gradient is yet. In bf16 with fp32 masters and moments, as `recompute_hidden` keeps activations."""
-        c, V = self.model_config, self.model_config.vocab_size
-        tokens = self.config.batch_size // ranks * c.context_length
-        block = tokens * (12 * c.d_model + 4 * c.num_heads)
-        kept = c.num_layers - self.args.recompute_hidden
-        return {"masters and moments": 12 * self.lm.count_parameters(c) / ranks, "blocks": c.num_layers * block,
-                "feed-forward products": kept * 4 * tokens * c.d_ff,
-                "the head, its gradient in fp32 twice and bf16": 12 * V * c.d_model, "stream": 8 * tokens * c.d_model}
-
     def data(self) -> tuple[np.ndarray, np.ndarray, Any]:
         """Training and validation tokens, and their tokenizer; what is missing of the embedded corpus is made now."""
-        folder = Path(self.args.tokens or f"out/{self.args.preset}")
+        folder, c = Path(self.args.tokens), self.model_config
         if folder == Path("out/corpus") and not (folder / "valid.npy").exists():
             print(f"corpus: {gather_corpus(folder)} (documents, bytes) in {folder}")
-            vocab, merges = self.bpe.train_bpe(folder / "train.txt", self.model_config.vocab_size, [END_OF_TEXT])
-            tokenizer = self.bpe.Tokenizer(vocab, merges, [END_OF_TEXT])
-            tokenizer.save(folder / "tokenizer.json")
+            vocab, merges = self.bpe.train_bpe(folder / "train.txt", c.vocab_size, [END_OF_TEXT])
+            self.bpe.Tokenizer(vocab, merges, [END_OF_TEXT]).save(folder / "tokenizer.json")
             for split in ("train", "valid"):
-                self.bpe.encode_file(tokenizer, folder / f"{split}.txt", folder / f"{split}.npy")
-        train_tokens, valid_tokens = (open_tokens(folder / f"{split}.npy", self.config.context_length,
-                                                  self.model_config.vocab_size) for split in ("train", "valid"))
-        return train_tokens, valid_tokens, self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
+                self.bpe.encode_file(self.tokenizer(), folder / f"{split}.txt", folder / f"{split}.npy")
+        train_tokens, valid_tokens = (open_tokens(folder / f"{split}.npy", c.context_length, c.vocab_size)
+                                      for split in ("train", "valid"))
+        return train_tokens, valid_tokens, self.tokenizer()
+
+    def tokenizer(self) -> Any:
+        """That of the token files."""
+        return self.bpe.Tokenizer.from_file(Path(self.args.tokens) / "tokenizer.json")
 
     def run(self) -> None:
         """Trains as the flags say; prints a sample and the RESULT line, which also goes to result.json."""
@@ -644,7 +587,7 @@ class Setup:
         targets = windows_at(valid_tokens, starts, config.context_length, "cpu")[1]
         lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
         about = dict(model_config=dataclasses.asdict(self.model_config), train_config=dataclasses.asdict(config),
-                     command=sys.argv, torch=torch.__version__, python=platform.python_version())
+                     command=sys.argv, torch=torch.__version__, python=sys.version)
         say = partial(print, flush=True) if first else lambda line: None
         if first:                                         # a run keeps the source that made it
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -653,16 +596,16 @@ class Setup:
                 shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
         model = self.model()
         optimizer, wrapper = self.join(model)
-        size = f"{config.batch_size} x {config.context_length}"
         say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | "
-            f"{config.steps} steps of {size} | {self.device}, {config.precision}, "
-            f"{args.attention} attention, {args.loss} loss, {args.optimizer} {args.update}, compile {args.compile}, "
-            f"parallel {args.parallel} | seed {config.seed}")
+            f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, "
+            f"{config.precision}, {args.attention} attention, {args.loss} loss, {args.optimizer} {args.update}, "
+            f"compile {args.compile}, parallel {args.parallel} | seed {config.seed}")
         sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0     # by torchrun --max-restarts
         try:
             result = train(model, optimizer, train_tokens, valid_tokens, config, loss_fn=self.loss_fn, clip=self.clip,
-                           schedule=self.schedule, parallel=wrapper, run_dir=run_dir, resume=args.resume, log=say,
-                           more_state={"model_config": about["model_config"]}, sample=sample,
+                           schedule=self.schedule, parallel=wrapper, run_dir=run_dir, resume=args.resume or restarted,
+                           more_state={"model_config": about["model_config"]}, sample=sample, log=say,
                            bytes_per_token=lengths[targets].float().mean().item())
         except Stop as stop:
             if first:
@@ -673,9 +616,6 @@ class Setup:
             print(f"\n{sample()}\n" if sample else "")
             plot([run_dir])
             print("RESULT " + json.dumps(result), flush=True)
-        if wrapper is not None:
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
 
     def sample(self, model: torch.nn.Module, tokenizer: Any) -> str:
         """What the model writes after --prompt."""
@@ -685,8 +625,8 @@ class Setup:
                                top_p=args.top_p, stop_ids=[stop], seed=self.config.seed)
         return args.prompt + tokenizer.decode(new[0].ids)
 
-    def from_checkpoint(self) -> tuple[torch.nn.Module, Any]:
-        """The model of --checkpoint in the shape that it states, and the tokenizer of its tokens."""
+    def from_checkpoint(self) -> torch.nn.Module:
+        """The model of --checkpoint in the shape that it states."""
         path = Path(self.args.checkpoint or Path(self.args.run_dir) / "last.pt")
         state = read_checkpoint(path)
         if "model_config" not in state:
@@ -694,32 +634,27 @@ class Setup:
         self.model_config = self.lm.ModelConfig(**state["model_config"])
         model = self.model()
         load_checkpoint(state, model)
-        folder = Path(self.args.tokens or f"out/{self.args.preset}")
-        return model.eval(), self.bpe.Tokenizer.from_file(folder / "tokenizer.json")
-
+        return model.eval()
 
 def compare(run_dirs: list[Path]) -> None:
     """A row a run: its losses, and the tokens it took to get as low as the first one ended. Then their picture."""
     target = None
     for run_dir in run_dirs:
-        run, result, lines = read_run(run_dir)
+        about, result = (json.loads((run_dir / name).read_text()) for name in ("about.json", "result.json"))
         if target is None:
             target = result.get("valid_loss", math.inf)
             print(f"run                     steps  batch   max lr   train   valid bits/byte  tokens to {target:.3f}")
-        reached = [line["tokens"] for line in lines if line.get("valid_loss", math.inf) <= target]
-        print(f"{run_dir.name:22s} {run['steps']:6d} {run['batch_size']:6d} {run['max_lr']:8.1e} " + (
+        reached = [tokens for tokens, loss in read_curve(run_dir, "valid_loss") if loss <= target]
+        print("{:22s} {steps:6d} {batch_size:6d} {max_lr:8.1e} ".format(run_dir.name, **about["train_config"]) + (
               result["stopped"][:60] if "stopped" in result else
               f"{result['train_loss']:7.3f} {result['valid_loss']:7.3f} {result['bits_per_byte'] or math.nan:9.3f} "
               f"{format(reached[0], ',') if reached else 'not reached':>16}"))
     plot(run_dirs)
 
-
-def read_run(run_dir: Path) -> tuple[dict, dict, list[dict]]:
-    """(train_config, result, log lines, each with its tokens) of a run that has finished or stopped."""
-    about, result = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("about", "result"))
-    run, lines = about["train_config"], list(map(json.loads, (run_dir / "log.jsonl").read_text().splitlines()))
-    return run, result, [{**line, "tokens": line["step"] * run["batch_size"] * run["context_length"]} for line in lines]
-
+def read_curve(run_dir: Path, key: str) -> list[tuple[int, float]]:
+    """(tokens, value) of the lines of log.jsonl that have the key."""
+    lines = map(json.loads, (run_dir / "log.jsonl").read_text().splitlines())
+    return [(line["tokens"], line[key]) for line in lines if key in line]
 
 def plot(run_dirs: list[Path]) -> None:
     """Loss against tokens, to loss.png in the first folder, if matplotlib is there; of several runs only validation."""
@@ -731,11 +666,26 @@ def plot(run_dirs: list[Path]) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for run_dir in run_dirs:
         for key, style in (("loss", "-"), ("valid_loss", "o--"))[len(run_dirs) > 1:]:
-            points = [(line["tokens"], line[key]) for line in read_run(run_dir)[2] if key in line]
-            axes.plot(*zip(*points), style, label=f"{run_dir.name} {key}", markersize=4, linewidth=1)
+            axes.plot(*zip(*read_curve(run_dir, key)), style, label=f"{run_dir.name} {key}", markersize=4, linewidth=1)
     axes.set(xlabel="tokens", ylabel="nats per token")
     axes.legend(fontsize=7)
     figure.savefig(run_dirs[0] / "loss.png", dpi=130, bbox_inches="tight")
+
+def explain(setup: Setup) -> None:
+    """What one step of the run that the flags ask for does, in numbers."""
+    c, m, count = setup.config, setup.model_config, setup.lm.count_parameters(setup.model_config)
+    tokens, micro = c.batch_size * c.context_length, c.micro_batch_size or c.batch_size
+    at = 1, c.warmup_steps, c.steps
+    flops, rates = setup.lm.count_flops(m, c.context_length)["total"], [f"{setup.schedule(s - 1):.1e}" for s in at]
+    print(f"""One step of `python train.py` with these flags:
+  batch     {c.batch_size} windows of {c.context_length} tokens = {tokens:,} tokens, from anywhere in the token file, in
+            {c.batch_size // micro} micro-batch(es) of {micro}; the targets are the same windows one token later
+  forward   {m.num_layers} blocks of width {m.d_model}, {count:,} parameters; an untrained model is expected to lose
+            ln {m.vocab_size} = {math.log(m.vocab_size):.2f} nats per token
+  backward  {3 * c.batch_size * flops:.2e} FLOPs with the forward pass, which is a third of it
+  update    the gradient's norm is cut to {c.clip_norm}; rates {', '.join(rates)} at steps {', '.join(map(str, at))}
+  memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32; activations come on top
+  run       {c.steps} steps = {c.steps * tokens:,} tokens, {c.steps * tokens / count:.1f} a parameter""")
 
 
 # ------------------------------------------------------------------------------ 5. how fast, and why
@@ -744,8 +694,6 @@ def bench(setup: Setup) -> None:
     """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here."""
     args, config, device = setup.args, setup.config, setup.device
     ranks = torch.distributed.get_world_size() if args.parallel != "none" else 1
-    if config.batch_size % ranks:
-        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {ranks} ranks")
     say = partial(print, flush=True) if setup.rank == 0 else lambda *text: None
     cuda, B, T = device.type == "cuda", config.batch_size // ranks, config.context_length
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
@@ -753,15 +701,11 @@ def bench(setup: Setup) -> None:
     ceiling = ranks * 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
     causal = ranks * B * (flops["total"] - flops["attention scores and sums"] / 2)  # half of the scores are not seen
-    count = setup.lm.count_parameters(setup.model_config)
-    say(f"{count / 1e6:.1f}M, {config.batch_size} x {T} tokens, {config.precision}, {args.attention} attention, "
-        f"{args.loss} loss, update {args.update}, compile {args.compile}, recompute {args.recompute}, parallel "
-        f"{args.parallel} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | "
-        f"ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})")
-    if args.parallel == "fsdp" and args.recompute_hidden is not None:
-        say("predicted peak: " + " + ".join(f"{name} {size / 1e9:.1f}" for name, size in setup.memory(ranks).items()) +
-            f" = {sum(setup.memory(ranks).values()) / 1e9:.1f} GB a rank")
-    say("mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
+    say(f"{setup.lm.count_parameters(setup.model_config) / 1e6:.1f}M, {ranks * B} x {T} tokens, {config.precision}, "
+        f"{args.attention} attention, {args.loss} loss, update {args.update}, compile {args.compile}, recompute "
+        f"{args.recompute}, parallel {args.parallel} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, "
+        f"torch {torch.__version__} | ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})\n"
+        "mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
     tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint32)
     generator = torch.Generator().manual_seed(config.seed + setup.rank)
     for mode in args.modes:
@@ -773,7 +717,8 @@ def bench(setup: Setup) -> None:
             if mode == "step":
                 training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config, wrapper)
                 return
-            with torch.set_grad_enabled(mode != "forward"), autocast(device, config.precision):
+            low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast")
+            with torch.set_grad_enabled(mode != "forward"), low:
                 loss = setup.loss_fn(model, x, y)
             if mode == "forward+backward":
                 loss.backward()
@@ -789,103 +734,39 @@ def bench(setup: Setup) -> None:
         try:
             times = measure(one, cuda, args.warmup, args.repeats)
         except torch.OutOfMemoryError:
-            print(f"{mode:17s} out of memory: lower --batch-size, or add --recompute 1")
+            print(f"{mode:17s} out of memory: lower --batch-size, or raise --recompute or --recompute-hidden")
             continue
         seconds = statistics.median(times)
         rate = causal * (1 if mode == "forward" else 3) / seconds
         mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
         say(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {ranks * B * T / seconds:11,.0f} "
             f"{rate / 1e12:8.2f} {rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
-        if cuda and (retries := torch.cuda.memory_stats()["num_alloc_retries"]):
-            say(f"memory is short: the allocator waited {retries} times; raise --recompute-hidden or --recompute")
         if args.profile:
             with torch.profiler.profile() as profile:
-                measure(one, cuda, 0, 1 if args.benchmark == "8b" else 3)
+                measure(one, cuda, 0, 1)
             key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-            say(where_time_goes(profile))
             say(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
-            if setup.rank == 0:
-                profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}.json"))
+            profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}-{setup.rank}.json"))
         if args.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
-    if ranks > 1:
-        torch.distributed.destroy_process_group()
-
-
-def where_time_goes(profile: torch.profiler.profile) -> str:
-    """The GPU's seconds by kind of kernel. Communication runs beside the others, so it is not part of their sum."""
-    kinds = {"communication": ("nccl",), "attention": ("forward_kernel", "dq_kernel", "dkdv_kernel", "flash", "fmha", "sdpa"),
-             "matrix products": ("nvjet", "gemm", "cutlass"), "update": ("adamw",), "all the rest": ("",)}
-    seconds = dict.fromkeys(kinds, 0.0)
-    for event in profile.key_averages():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            kind = next(kind for kind, words in kinds.items() if any(word in event.key.lower() for word in words))
-            seconds[kind] += event.self_device_time_total / 1e6
-    return "GPU seconds: " + ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items())
-
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without waits between them, as in a real run."""
-    for _ in range(warmup):
-        f()
-    marks = [torch.cuda.Event(enable_timing=True) if cuda else 0.0 for _ in range(repeats + 1)]
-    for i in range(repeats + 1):
+    marks = [torch.cuda.Event(enable_timing=True) if cuda else 0.0 for _ in range(warmup + repeats + 1)]
+    for i in range(len(marks)):
         if cuda:
             marks[i].record()
         else:
             marks[i] = time.perf_counter()
-        if i < repeats:
+        if i + 1 < len(marks):
             f()
     if cuda:
         torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks)]
-
-
-# ------------------------------------------------------------------------------ 6. in numbers
-
-def self_check(seed: int = 0) -> float:
-    """On a bigram model: four micro-batches equal one batch, and a resumed run equals one that never stopped.
-
-    Returns: the largest parameter difference between one batch and four. Raises: AssertionError above 1e-6 (a forgotten
-    division by four is off by 1e-1), or for any difference after resuming.
-    """
-    tokens = np.random.default_rng(seed).integers(0, 17, 1000, dtype=np.uint16)
-
-    def outcome(run_dir: str | None = None, resume: bool = False, steps: int = 8, micro_batch_size: int = 0) -> Tensor:
-        torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Embedding(17, 8), torch.nn.Linear(8, 17))
-        config = TrainConfig(steps=steps, batch_size=8, context_length=5, micro_batch_size=micro_batch_size)
-        train(model, torch.optim.AdamW(model.parameters(), lr=1e-2), tokens, tokens, config, run_dir=run_dir,
-              resume=resume, log=lambda line: None)
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    whole = outcome()
-    apart = (outcome(micro_batch_size=2) - whole).abs().max().item()
-    assert apart < 1e-6, f"four micro-batches differ from one batch by {apart:.1e}"
-    with tempfile.TemporaryDirectory() as folder:
-        outcome(folder, steps=5)
-        assert torch.equal(outcome(folder, resume=True), whole), "a resumed run differs from one that never stopped"
-    return apart
-
-
-def explain(setup: Setup) -> None:
-    """What one step of the run that the flags ask for does, in numbers."""
-    c, m, count = setup.config, setup.model_config, setup.lm.count_parameters(setup.model_config)
-    tokens, flops = c.batch_size * c.context_length, 3 * setup.lm.count_flops(m, c.context_length)["total"]
-    micro, at = c.micro_batch_size or c.batch_size, (0, c.warmup_steps, c.steps // 2, c.steps - 1)
-    print(f"""One step of `python train.py` with these flags:
-  batch     {c.batch_size} windows of {c.context_length} tokens = {tokens:,} tokens, from anywhere in the token file, in
-            {c.batch_size // micro} micro-batch(es) of {micro}; the targets are the same windows one token later
-  forward   {m.num_layers} blocks of width {m.d_model}, {count:,} parameters; an untrained model is expected to lose
-            ln {m.vocab_size} = {math.log(m.vocab_size):.2f} nats per token
-  FLOPs     {flops * c.batch_size:.2e} forward and backward, which is three times the forward pass
-  gradient  one norm over all parameters, cut to {c.clip_norm}; not finite: the run stops and names its checkpoint
-  rate      {', '.join(f'{setup.schedule(s):.1e}' for s in at)} at steps {', '.join(map(str, at))}
-  memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32; activations come on top
-  run       {c.steps} steps = {c.steps * tokens:,} tokens, {c.steps * tokens / count:.1f} a parameter""")
-
+    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks[warmup:])]
 
 def main() -> int:
+    """Reads the flags and does what they ask. Returns the exit status: 2 for a caller's mistake."""
+    import model
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
@@ -897,15 +778,14 @@ def main() -> int:
     add("--checkpoint", help="generate, export: default RUN_DIR/last.pt")
     add("--optimizer", choices=["adamw", "muon"], default="adamw")
     add("--update", choices=["loop", "foreach", "triton"], default="foreach", help="AdamW's way over the parameters")
+    add("--moments", choices=["fp32", "bf16"], default="fp32", help="AdamW's, in memory; it computes in fp32")
     add("--parallel", choices=["none", "ddp", "zero1", "fsdp"], default="none", help="under torchrun")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "cudnn", "triton"], default="sdpa")
     add("--loss", choices=["full", "fused"], default="fused", help="fused: the (B * T, V) logits never exist")
     add("--compile", action=argparse.BooleanOptionalAction, default=False)
-    add("--compile-mode", help="torch.compile's mode; reduce-overhead uses CUDA graphs")
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
-    add("--recompute-hidden", type=int, metavar="N", help="fsdp: keep of a block only products and attention; N blocks "
-        "make their feed-forward's products again as well")
+    add("--recompute-hidden", type=int, default=0, metavar="N", help="fsdp: keep no feed-forward products of N blocks")
     add("--prompt", default="def get(self")
     add("--sample-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.7)
@@ -917,20 +797,21 @@ def main() -> int:
     add("--repeats", type=int, default=10)
     add("--profile", metavar="DIR", help="with --benchmark: print torch.profiler's table and write its trace")
     add("--memory-snapshot", metavar="DIR", help="with --benchmark: write CUDA's memory history")
-    add("--explain", action="store_true", help="say what a step does, check the loop, and stop")
-    import model
-    fields = {f.name: (kind, typing.get_type_hints(kind)[f.name]) for kind in (model.ModelConfig, TrainConfig)
-              for f in dataclasses.fields(kind)}
-    for name, (config, hint) in fields.items():
-        kind = next((part for part in typing.get_args(hint) or (hint,) if part in (int, float, str, bool)), None)
-        if kind:
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            add("--" + name.replace("_", "-"), help=f"{config.__name__}, default by preset", **how)
-    if parser.parse_known_args()[0].benchmark == "8b":
-        parser.set_defaults(**FLAGS_8B)
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")   # few gaps between the tensors
+    add("--explain", action="store_true", help="say what a step does, and stop")
+    for kind in (model.ModelConfig, TrainConfig):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            types = [t for t in typing.get_args(hints[field.name]) or [hints[field.name]] if t is not type(None)]
+            if types[0] in (int, float, str, bool):
+                how = {"action": argparse.BooleanOptionalAction} if types[0] is bool else {"type": types[0]}
+                with contextlib.suppress(argparse.ArgumentError):          # context_length is in both
+                    add("--" + field.name.replace("_", "-"), help=f"{kind.__name__}, default by preset", **how)
+    given = parser.parse_args()
+    parser.set_defaults(tokens=f"out/{given.preset}", **{**PRESETS[given.preset], **SIZES.get(given.benchmark, {})},
+                        run_dir="out/train" if given.preset == "corpus" else f"out/{given.preset}-train")
     args = parser.parse_args()
-    args.run_dir = args.run_dir or ("out/train" if args.preset == "corpus" else f"out/{args.preset}-train")
+    if given.warmup_steps is None:                        # a shorter run warms up for a shorter time
+        args.warmup_steps = min(args.warmup_steps, args.steps // 10)
     try:
         if args.action == "corpus":
             print(gather_corpus(args.folders[0] if args.folders else "out/corpus"))
@@ -938,23 +819,24 @@ def main() -> int:
             compare(args.folders)
         elif args.explain:
             explain(Setup(args))
-            print(f"\nfour micro-batches = one batch to {self_check():.1e}, resumed = never stopped bit for bit  OK")
         elif args.benchmark:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")     # fewer gaps in memory
             bench(Setup(args))
         elif args.action == "train":
             Setup(args).run()
-        else:
+        elif args.action == "generate":
             setup = Setup(args)
-            model, tokenizer = setup.from_checkpoint()
-            if args.action == "generate":
-                print(setup.sample(model, tokenizer))
-            else:
-                out = args.folders[0] if args.folders else Path("out/export")
-                setup.lm.save_hf(model, out, tokenizer)
-                print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
+            print(setup.sample(setup.from_checkpoint(), setup.tokenizer()))
+        else:
+            setup, out = Setup(args), args.folders[0] if args.folders else Path("out/export")
+            setup.lm.save_hf(setup.from_checkpoint(), out, setup.tokenizer())
+            print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
     except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 
