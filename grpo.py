@@ -1,8 +1,7 @@
 """grpo.py - reinforcement learning from verifiable rewards: a grader, policy gradients up to GRPO, and the loop.
 
-What:       Sample several answers to a question, grade each by rule, and make the better ones of the group likelier:
-            REINFORCE, GRPO, Dr. GRPO, DAPO's asymmetric clip, GSPO and expert iteration, one loop for all of them,
-            with our own generator or vLLM producing the answers.
+What:       Sample answers to a question, with our own generator or vLLM, grade them by rule, make the better likelier:
+            REINFORCE, GRPO, Dr. GRPO, DAPO's asymmetric clip, GSPO and expert iteration in one loop.
 Source:     Shao et al. 2024, arXiv:2402.03300 (GRPO); DeepSeek-AI 2025, arXiv:2501.12948 (R1-Zero rewards);
             Liu et al. 2025, arXiv:2503.20783 (Dr. GRPO); Yu et al. 2025, arXiv:2503.14476 (DAPO);
             Zheng et al. 2025, arXiv:2507.18071 (GSPO); Anthony et al. 2017, arXiv:1705.08439 (expert iteration).
@@ -201,15 +200,9 @@ def compute_group_normalized_rewards(
     metadata["no_signal"] = alike.double().mean().item()
     return advantages.masked_fill(alike, 0.0).reshape(N).float(), raw.float(), metadata
 
-def column(values: Tensor, log_probs: Tensor) -> Tensor:
-    """(B, 1): one value a sequence. A bare (B,) would broadcast along T without a word when B == T."""
-    if values.numel() != len(log_probs):
-        raise ValueError(f"rewards and advantages are one value a sequence, ({len(log_probs)}, 1), not {values.shape}")
-    return values.reshape(-1, 1)
-
 def compute_naive_policy_gradient_loss(raw_rewards_or_advantages: Tensor, policy_log_probs: Tensor) -> Tensor:
     """REINFORCE: -A_i log pi(o_t) at each token. (B, 1), (B, T) -> (B, T)."""
-    return -column(raw_rewards_or_advantages, policy_log_probs) * policy_log_probs
+    return -raw_rewards_or_advantages.reshape(len(policy_log_probs), 1) * policy_log_probs   # a (B,) would run along T
 
 def clip_range(cliprange) -> tuple[float, float]:
     """The bounds of a ratio. 0.2 -> (0.8, 1.2); DAPO's "clip higher" (0.2, 0.28) -> (0.8, 1.28), for rare tokens."""
@@ -231,14 +224,14 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
     advantages (B, 1); log-probs (B, T); cliprange as in clip_range, or None. Returns: loss (B, T); metadata "clipped"
     (bool) and "ratio", (B, T)."""
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
-    return clipped_surrogate(ratio, column(advantages, policy_log_probs), cliprange)
+    return clipped_surrogate(ratio, advantages.reshape(len(ratio), 1), cliprange)
 
 def compute_gspo_loss(advantages: Tensor, policy_log_probs: Tensor, old_log_probs: Tensor, cliprange,
                       response_mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """GSPO: one ratio a sequence, s_i = exp(mean_t [log pi - log pi_old]), clipped whole (arXiv:2507.18071, eq. 5 and
     7). Stated at every token, so that the mean over a sequence is the sequence's loss. Its cliprange is small: 3e-4."""
     log_ratio = masked_mean(policy_log_probs - old_log_probs.detach(), response_mask, dim=-1).unsqueeze(-1)   # (B, 1)
-    loss, metadata = clipped_surrogate(log_ratio.exp(), column(advantages, policy_log_probs), cliprange)
+    loss, metadata = clipped_surrogate(log_ratio.exp(), advantages.reshape(len(log_ratio), 1), cliprange)
     return loss.expand_as(policy_log_probs), {k: v.expand_as(policy_log_probs) for k, v in metadata.items()}
 
 LOSS_TYPES = {"no_baseline": ["raw_rewards"], "reinforce_with_baseline": ["advantages"],
@@ -379,16 +372,15 @@ class VllmEngine:
 def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtype: str = "float32", **options):
     """The engine of that name, printed; never another one in its place. folder: the checkpoint the model came from."""
     import model as model_py
-    device = next(model.parameters()).device
+    device, K = next(model.parameters()).device, model.config.head_dim
     if kind == "vllm":
-        engine = functools.partial(VllmEngine, folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype)
-        options = {"sleeps": device == torch.device("cuda", 0)} | options
+        engine, options = VllmEngine, {"sleeps": device == torch.device("cuda", 0)} | options
+        given = folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype
     else:                                                             # a CUDA graph where model.generate can have one
-        engine = functools.partial(TorchEngine, model, tokenizer, model_py.generate, [end_of_text],
-                                   getattr(torch, dtype))
-        options = {"graph": device.type == "cuda" and model.config.head_dim in (16, 32, 64, 128, 256)} | options
+        engine, options = TorchEngine, {"graph": device.type == "cuda" and K in (16, 32, 64, 128, 256)} | options
+        given = model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype)
     print(f"engine: {kind}, dtype {dtype}" + "".join(f", {key} {value}" for key, value in options.items()))
-    return engine(**options)
+    return engine(*given, **options)
 
 # ---------------------------------------------------------------- the loop
 @dataclass(frozen=True)
@@ -440,10 +432,9 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     Example: lengths [9, 2, 3], 12 -> [[1, 2], [0]]"""
     groups = []
     for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[row] <= max_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
+        if not groups or (len(groups[-1]) + 1) * lengths[row] > max_tokens:
+            groups.append([])
+        groups[-1].append(row)
     return groups
 
 def length_of(answer) -> int:
@@ -520,8 +511,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
     if first == 0:
         record({"step": 0, **evaluate()})
     for step in range(first, config.steps):
-        # 1. Answers, by the policy as it is now
-        began, draw = time.perf_counter(), random.Random(f"{config.seed} {step}")
+        began, draw = time.perf_counter(), random.Random(f"{config.seed} {step}")   # 1. answers by the policy as it is
         chosen = draw.sample(problems, questions)
         engine.sync(model)
         answers = engine.generate([encode(p["prompt"]) for p in chosen], num_samples=G, temperature=config.temperature,
@@ -529,15 +519,13 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                                   seed=config.seed * 1_000_003 + step * 1009)
         engine.sleep()
         rollout_seconds, began = time.perf_counter() - began, time.perf_counter()
-        # 2. Rewards and advantages
-        advantages, raw, rewards = compute_group_normalized_rewards(
+        advantages, raw, rewards = compute_group_normalized_rewards(                # 2. rewards and advantages
             reward_fn, [a.text for a in answers], [p["answer"] for p in chosen for _ in range(G)], G,
             config.advantage_eps, config.normalize_by_std)
         settings, used = config, list(range(len(answers)))
         if config.algorithm == "expert-iteration":                    # maximise log pi of the right answers, all alike
             settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
-        # 3. Updates
-        size, old, sums = config.train_batch_size, None, Counter()
+        size, old, sums = config.train_batch_size, None, Counter()                  # 3. updates
         if config.epochs_per_rollout * len(answers) > size:           # off-policy: log pi_old, before the first update
             old = [None] * len(answers)
             for rows in micro_batches([length_of(a) for a in answers], config.micro_batch_tokens):
@@ -550,8 +538,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 before = [old[i] for i in rows] if old else None
                 sums.update(update(score, parameters, optimizer, [answers[i] for i in rows], advantages[rows],
                                    raw[rows], before, settings, clip))
-        # 4. What happened
-        train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)
+        train_seconds, total = time.perf_counter() - began, sum(len(a.ids) for a in answers)   # 4. what happened
         updates, computed = max(sums["updates"], 1), max(sums["tokens"], 1)
         line = {"step": step + 1, **rewards, "loss": sums["loss"] / updates, "gnorm": sums["gnorm"] / updates,
                 "clipped": sums["clipped"] / computed, "gap": sums["gap"] / computed,
@@ -611,8 +598,8 @@ def bench(seconds: float = 1.0) -> None:
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
-    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7s}"
-    print(form.format("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
+    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7s}".format
+    print(form("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
@@ -622,9 +609,9 @@ def table(run_dirs: list[str]) -> None:
             shown.append(f"{values[0]:{digits}} -> {values[-1]:{digits}}" if values else "")
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
         seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(form.format(folder[-28:], *shown[:2], curve, *shown[2:], f"{seconds:.0f}"))
+        print(form(folder[-28:], *shown[:2], curve, *shown[2:], f"{seconds:.0f}"))
 
-EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)
+EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)       # the defaults without --model
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: trains, or prints tables, timings or the walk-through; returns the exit code."""
@@ -651,8 +638,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
     for field in fields(GRPOConfig):
         how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {"type": type(field.default)}
-        text = f"default {field.default}" + (f", embedded {EMBEDDED[field.name]}" if field.name in EMBEDDED else "")
-        add("--" + field.name.replace("_", "-"), help=text, **how)
+        add("--" + field.name.replace("_", "-"), help=f"default {field.default}", **how)
     args = parser.parse_args(argv)
     try:
         if args.explain:
@@ -705,8 +691,6 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
             scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
         return scored["log_probs"], mask
     def evaluate() -> dict:
-        if not held_out:
-            return {}
         engine.sync(model)
         sampled, greedy = (sft.log_generations(
             engine, tokenizer, held_out, reward_fn, model=scorer, temperature=temperature, seed=config.seed,
@@ -716,8 +700,8 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         return {"accuracy": sampled["accuracy"], "greedy": greedy["accuracy"], "valid_entropy": sampled["entropy"]}
     optimizer = optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0, fused="foreach")
     first, *_, last = train_grpo(
-        model, optimizer, engine, problems, config, reward_fn=reward_fn, evaluate=evaluate, score=score,
-        clip=optim.clip_grad_norm_, encode=functools.partial(sft.encode, tokenizer), run_dir=run_dir,
+        model, optimizer, engine, problems, config, reward_fn=reward_fn, score=score, clip=optim.clip_grad_norm_,
+        evaluate=evaluate if held_out else dict, encode=functools.partial(sft.encode, tokenizer), run_dir=run_dir,
         resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])

@@ -180,7 +180,6 @@ def read_json_lines(path: str, *keys: str) -> list[dict]:
 
 class PackedDataset(torch.utils.data.Dataset):
     """Instruction data as one long row of tokens, cut into chunks of `seq_length` without overlap.
-
     Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in
     shuffled order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are
     shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
@@ -221,11 +220,9 @@ def parse_gsm8k_response(model_output: str) -> str | None:
     return numbers[-1].replace(",", "") if numbers else None
 
 def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
-    """The letter A..D the text chooses, or None when it chooses none or none of the options.
-
-    In this order: 'answer is B' (the last one said), a text that starts with the letter, a letter in brackets.
-    Example: 'The correct answer is B. There is ...' -> 'B'; 'The correct answer is 10000.' -> None
-    """
+    """The letter A..D the text chooses, or None when it chooses none or none of the options. In this order: 'answer is
+    B' (the last one said), a text that starts with the letter, a letter in brackets.
+    Example: 'The correct answer is B. There is ...' -> 'B'; 'The correct answer is 10000.' -> None"""
     letters = "ABCD"[:len(mmlu_example.get("options") or "ABCD")]
     said = re.findall(rf"\b(?i:answer|option|choice)\s*(?:is|:)?\s*[:\"'(*]*([{letters}])(?![\w'])(?! [a-z])",
                       model_output)
@@ -254,12 +251,9 @@ def preference_margin(model, tokenizer, prompts: list[str], chosen: list[str], r
     return scores[:len(prompts)] - scores[len(prompts):]
 
 def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, response_rejected) -> Tensor:
-    """-log sigmoid(beta * [policy's margin - reference's margin]), mean over the pairs (arXiv:2305.18290, eq. 7).
-
-    Args: prompt, response_chosen, response_rejected: a string each, or a list of strings each. lm_ref is not
-    differentiated and may live on another device. Returns: a scalar on lm's device.
-    Sums of log-probs, not means: a mean would reward length for its own sake.
-    """
+    """-log sigmoid(beta * [policy's margin - reference's margin]), mean over the pairs (arXiv:2305.18290, eq. 7). Sums
+    of log-probs, not means: a mean would reward length for its own sake. prompt and responses: a string each, or a
+    list each. lm_ref is not differentiated and may live on another device. Returns: a scalar on lm's device."""
     as_list = [[x] if isinstance(x, str) else list(x) for x in (prompt, response_chosen, response_rejected)]
     if len({len(x) for x in as_list}) != 1 or not as_list[0]:
         raise ValueError(f"need as many prompts as chosen and rejected responses, got {[len(x) for x in as_list]}")
@@ -292,13 +286,10 @@ THINGS = "apples books coins eggs keys nuts pens shells".split()
 WORDS = {"+": "finds {b}", "-": "loses {b}", "*2": "doubles them", "*3": "triples them"}
 
 def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[dict]:
-    """`count` problems of two to four steps, in words or as an expression; the same for the same seed.
-
-    Held-out problems are those whose numbers and operations hash to 0 modulo 10: no training problem has the same.
-    Example: {"question": "What is (7 + 5) * 2 - 3?", "work": "7+5=12, 12*2=24, 24-3=21", "answer": "21"}
-    """
-    rng = random.Random(f"{seed} {held_out}")
-    problems = []
+    """`count` problems of two to four steps, in words or as an expression; the same for the same seed. Held-out ones
+    are those whose numbers and operations hash to 0 modulo 10: no training problem has the same.
+    Example: {"question": "What is (7 + 5) * 2 - 3?", "work": "7+5=12, 12*2=24, 24-3=21", "answer": "21"}"""
+    rng, problems = random.Random(f"{seed} {held_out}"), []
     while len(problems) < count:
         total = start = rng.randint(2, 20)
         expression, key, work, story = str(start), str(start), [], []
@@ -360,26 +351,22 @@ def write_text(path: str, text: str) -> None:
         file.write(text.encode())
 
 def make_base(folder: str, seed: int, steps: int, log: Callable[[str], None] = print) -> None:
-    """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing.
-
-    It reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single
-    digits to the tokenizer (it is trained on text without them), as in Qwen2.5; the format's tags are special tokens.
-    """
+    """The embedded base model as a Hugging Face folder: a tokenizer and 0.7 million parameters, both from nothing. It
+    reads the arithmetic documents and some of the earlier corpus (Python's standard library). Numbers are single
+    digits to the tokenizer (it is trained on text without them), as in Qwen2.5; the format's tags are special."""
     import bpe
     import model as model_py
     import optim
     import train
-    data, corpus = os.path.join(folder, "data"), "out/corpus/train.txt"
-    if not os.path.exists(corpus):
-        train.gather_corpus("out/corpus")
-    with open(corpus, encoding="utf-8") as file:
-        write_arithmetic(data, seed, file.read(150_000).replace("<|endoftext|>", "\n"))
-    with open(os.path.join(data, "base.txt"), encoding="utf-8") as file:
-        text = file.read()
+    data, corpus = f"{folder}/data", Path("out/corpus/train.txt")
+    if not corpus.exists():
+        train.gather_corpus(corpus.parent)
+    write_arithmetic(data, seed, corpus.read_text("utf-8")[:150_000].replace("<|endoftext|>", "\n"))
+    text = Path(data, "base.txt").read_text("utf-8")
     frames = "User: Assistant: I know this. So " + ALPACA_TEMPLATE.format(prompt="", response="")
-    write_text(os.path.join(data, "words.txt"), re.sub(r" ?\d+", "\n", text + frames * 500))
+    write_text(f"{data}/words.txt", re.sub(r" ?\d+", "\n", text + frames * 500))
     special_tokens = ["<|endoftext|>", "<think>", "</think>", "<answer>", "</answer>"]
-    tokenizer = bpe.Tokenizer(*bpe.train_bpe(os.path.join(data, "words.txt"), 512, special_tokens), special_tokens)
+    tokenizer = bpe.Tokenizer(*bpe.train_bpe(f"{data}/words.txt", 512, special_tokens), special_tokens)
     tokens = torch.tensor(tokenizer.encode(text), dtype=torch.int32).numpy()
     config = train.TrainConfig(steps=steps, batch_size=32, context_length=128, max_lr=3e-3, eval_every=steps,
                                log_every=100, checkpoint_every=0, seed=seed)
@@ -448,7 +435,6 @@ mmlu_reward = parsed_reward(lambda response: parse_mmlu_response({}, response), 
 def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable, *, model=None, show: int = 0,
                     path: str | None = None, log: Callable[[str], None] = print, **settings) -> dict[str, float]:
     """Answer the problems, grade the answers, and keep a record of each.
-
     Args: engine.generate as in grpo.py gets `settings` (max_tokens, temperature, stop, seed). model: scores entropy.
     path: takes a JSON line an answer: prompt, response, truth, the three rewards, length, mean entropy.
     show: prints so many examples of each outcome.
@@ -489,7 +475,6 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
               evaluate: Callable[[], dict] = dict, eval_every: int = 0, keep_best: str = "", seed: int = 0,
               log: Callable[[str], None] = print) -> dict[str, float]:
     """Shuffled epochs, gradient accumulation, clipping, a schedule, evaluation. micro_step knows what an example is.
-
     Args: micro_step(examples, accumulation_steps) -> its share of the loss; where that still has a graph, the backward
     pass is done here. It is told batch size / its own size, so that unequal micro-batches too add up to the mean.
     schedule(step, total) -> learning rate. evaluate: called every eval_every steps (0: never) and at the end; with
@@ -570,9 +555,7 @@ def toy_model(vocab_size: int, width: int) -> torch.nn.Module:
 
 def self_check(seed: int = 0) -> float:
     """Walks through a batch of two, and returns the largest difference of plain and chunked log-probs and gradients.
-
-    Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 5e-7, a wrong mask is wrong by nats.
-    """
+    Raises: AssertionError above 1e-6: float32 log-probs of a few nats are good to 5e-7, a wrong mask off by nats."""
     torch.manual_seed(seed)
     batch, model = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0), toy_model(11, 8)
     ids, labels, mask = batch.values()
