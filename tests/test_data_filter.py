@@ -101,6 +101,20 @@ def test_corrupt_byte_in_a_single_member_keeps_what_was_before():
     assert all(r.payload in plain for r in got[:complete])
 
 
+def test_all_before_the_broken_byte_is_kept():
+    packer = zlib.compressobj(wbits=31)
+    records = archive(compress=False)
+    packed = packer.compress(b"".join(records)) + packer.flush(zlib.Z_FULL_FLUSH)    # ends at a byte
+    warnings = Counter()
+    found = d.read_warc(io.BytesIO(packed + b"\xff" * 9), warnings)         # there is no deflate block of type 3
+    assert [r.url[-1] for r in found] == list("012345") and warnings == {"corrupt gzip member": 1}
+    long = d.warc_record("http://a.test/", b"a" * 300_000)                           # more than a block from few bytes
+    for cut in range(1, 30):
+        for record in d.read_warc(io.BytesIO(long[:-cut])):
+            assert record.payload == b"a" * 300_000
+    assert [len(r.payload) for r in d.read_warc(io.BytesIO(long[:-8]))] == [300_000]
+
+
 def test_content_length_rules_not_the_look_of_the_payload():
     body = b"\r\n\r\nWARC/1.0\r\nContent-Length: 7\r\n\r\nx" * 3
     got = list(d.read_warc(io.BytesIO(d.warc_record("http://a.test/", body) + d.warc_record("http://b.test/", b"x"))))
@@ -119,6 +133,7 @@ def test_content_length_rules_not_the_look_of_the_payload():
     ({"content-encoding": "deflate"}, zlib.compress(b"abc")[2:-4], b"abc"),
     ({"content-encoding": "deflate"}, b"plain", b"plain"),
     ({"content-length": "5"}, b"\r\nabcde", b"abcde"),               # the stray CRLF of August 2018
+    ({"x-crawler-content-length": "9"}, b"\r\nabcde", b"abcde"),
     ({"content-length": "7"}, b"\r\nabcde", b"\r\nabcde")])
 def test_http_bodies(head, body, want):
     got = d.http_body(head, body)
@@ -175,6 +190,7 @@ def test_charset_order_and_tails():
     assert d.decode("né".encode()[:-1]) == "n" and d.decode("日本".encode()[:-1]) == "日"
     assert d.decode("né“x”".encode("cp1252"), "ISO-8859-1") == "né“x”"           # latin-1 means cp1252
     assert d.decode("囧中文".encode("gb18030"), "gb2312") == "囧中文"
+    assert d.decode(b"<meta charset=utf-16>\xe9 x") == "<meta charset=utf-16>\ufffd x"       # it was read as ASCII
     assert d.decode(b"\xff\xfe" + "né".encode("utf-16-le")) == "né" and d.decode(b"\xef\xbb\xbfx") == "x"
     assert d.decode("日本語".encode("iso2022_jp")) == "日本語"
     assert d.decode(b"caf\xe9 cr\xe8me", "no-such-charset") == "café crème" and d.decode(b"\xe9t\xe9x",
@@ -191,6 +207,7 @@ def test_text_as_resiliparse_gives_it():
 
 
 def test_conventions():
+    assert d.extract_text("<button>a<p>b") == "a\n\nb" and d.extract_text("<button>a</BUTTON><p>b") == "b"
     assert d.extract_text("<h1>A</h1><p>b<p>c") == "A\n\nb\n\nc"
     assert d.extract_text("<ul><li>a<ol><li>b<li>c</ol><li>d</ul>") == "  • a\n    1. b\n    2. c\n  • d"
     assert d.extract_text("x<title>t</title><style>s</style><script>'</p>'</script><noscript>n</noscript>y") == "xy"
@@ -305,6 +322,7 @@ def test_language_scores():
         code, score = d.identify_language(text)
         assert 0 < score <= 1 and isinstance(code, str) and isinstance(score, float), text
     assert d.identify_language("12 ... 3")[0] == "und"
+    assert d.identify_language("東京都の知事選挙の結果")[0] == "ja"   # few kana
     english = "The committee has not yet decided which of the proposals it will recommend to the members."
     assert d.identify_language(english) == ("en", pytest.approx(1, abs=0.02))
     assert d.identify_language(english + " 这是一个中文的句子，今天的天气很好，我们去公园。" * 2)[1] < 0.9      # mixed: less sure
@@ -367,7 +385,8 @@ NOT_PHONES = ["2024-01-15", "15.01.2024", "ISBN 978-3-16-148410-0", "ISBN-10: 31
               "a[2831823]", "+49 30 1234567",
               "0123456789", "123-45-6789", "4111 1111 1111 1111", "id=2831823829", "#2831823829", "283-1823",
               "44 283 182 3829", "1.2.3.4.5.6", "2001:db8::1"]
-NOT_IPS = ["1.2.3", "1.2.3.4.5", "256.1.1.1", "v1.2.3.4", "version 4.0.30319.1", "1.2.3.4567", "a1.2.3.4", "12.5",
+NOT_IPS = ["version 4.0.30.1", "release 1.2.3.4",
+           "1.2.3", "1.2.3.4.5", "256.1.1.1", "v1.2.3.4", "version 4.0.30319.1", "1.2.3.4567", "a1.2.3.4", "12.5",
            "10.1000/182", "3.11.2", "1..2.3.4"]
 
 
@@ -446,6 +465,10 @@ def test_c4_and_fineweb():
     copies = "\n".join(["A line of its own that is more than thirty long."] * 5)
     assert d.fineweb_reasons(copies) == ["characters in duplicate lines over 0.1"]
     assert d.fineweb_reasons("\n".join("short %d." % i for i in range(9))) == ["short lines over 0.67"]
+    # FineWeb drops a page at its limits, Gopher above or below them.
+    page = [f"This is line number {i} of a page, and it is long enough" for i in range(25)]
+    assert d.fineweb_reasons("\n".join(line + "." * (i < 3) for i, line in enumerate(page))) != []
+    assert d.fineweb_reasons("\n".join(line + "." * (i < 4) for i, line in enumerate(page))) == []
 
 
 # --------------------------------------------------------------------------------------------------- classifiers
