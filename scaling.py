@@ -4,30 +4,26 @@ What:       Power-law, IsoFLOP and parametric fits in numpy; an HTTP server that
             protocols of Stanford CS336's scaling assignment (2025: GET /loss; 2026: POST /submit); a client; and the
             main job, `run`: sweep small models, fit, predict one of 8 times the compute, train it, compare.
 Source:     Hoffmann et al. 2022 (Chinchilla), arXiv:2203.15556, section 3 and appendix D.3; Kaplan et al. 2020,
-            arXiv:2001.08361, figure 5 and D.6 (the `law` backend); Yang et al. 2022, arXiv:2203.03466 (rate ~ 1/width).
+            arXiv:2001.08361, figure 5 and D.6 (the `law` backend); learning rates: Yang et al. 2022, arXiv:2203.03466
+            (as 1 / width), and Bjorck et al. 2024, arXiv:2409.19913 (as D^-0.32).
 Deviations: 1. The parametric fit runs Levenberg-Marquardt from the best 48 of Chinchilla's 4,500 starts, not L-BFGS
             from all. 2. In real training N counts every weight that multiplies, so the head but not the input table.
             3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend.
 Copy:       this file alone; needs numpy. `--backend train` also wants model.py, optim.py, train.py, bpe.py and torch.
 Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check
+            python scaling.py run --backend train
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import multiprocessing
 import os
-import random
-import re
-import signal
-import socket
 import sqlite3
 import sys
 import threading
 import time
-import timeit
 import urllib.request
 import warnings
 from collections import namedtuple
@@ -44,21 +40,20 @@ import numpy as np
 
 def columns(minimum: int, **named) -> list[np.ndarray]:
     """The named sequences as float64 (n,). Raises: ValueError unless equally long, positive, finite, n >= minimum."""
-    arrays = {name: np.asarray(values, dtype=np.float64).ravel() for name, values in named.items()}
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1 or min(lengths.values()) < minimum:
-        raise ValueError(f"needs one value of each per run and at least {minimum} runs, got {lengths}")
-    for name, array in arrays.items():
+    arrays = [np.asarray(values, dtype=np.float64).ravel() for values in named.values()]
+    if len({len(array) for array in arrays}) > 1 or len(arrays[0]) < minimum:
+        raise ValueError(f"{', '.join(named)} need one value each for every run, and at least {minimum} runs; got "
+                         f"{', '.join(str(len(array)) for array in arrays)} values")
+    for name, array in zip(named, arrays):
         if len(bad := array[~(np.isfinite(array) & (array > 0))]):
             raise ValueError(f"{name} must be positive and finite, a logarithm is taken; got {bad[0]}, drop that run")
-    return list(arrays.values())
+    return arrays
 
 
 class PowerLaw(namedtuple("PowerLaw", "coefficient exponent r2 coefficient_error exponent_error")):
     """y = coefficient * x ** exponent, R2 of log y, and one standard error of each (to first order; NaN from two x)."""
 
     def __call__(self, x):
-        """y at x, a number or an array."""
         return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
 
 
@@ -74,11 +69,10 @@ def fit_power_law(x, y) -> PowerLaw:
         raise ValueError(f"needs at least two distinct x, got only {x[0]:g}; a line needs two points")
     du, dv = u - u.mean(), v - v.mean()
     exponent = du @ dv / (du @ du)
-    residual, total = ((dv - exponent * du) ** 2).sum(), dv @ dv
+    coefficient, residual = np.exp(v.mean() - exponent * u.mean()), ((dv - exponent * du) ** 2).sum()
     error = math.sqrt(residual / (n - 2) / (du @ du)) if n > 2 else math.nan
-    coefficient = math.exp(v.mean() - exponent * u.mean())
-    return PowerLaw(coefficient, float(exponent), float(1 - residual / total) if total > 1e-24 else 1.0,
-                    float(coefficient * error * np.sqrt((u * u).mean())), error)
+    r2 = 1 - residual / (dv @ dv) if dv @ dv > 1e-24 else 1.0
+    return PowerLaw(*map(float, (coefficient, exponent, r2, coefficient * error * np.sqrt((u * u).mean()), error)))
 
 
 Optima = namedtuple("Optima", "C N D loss")                              # arrays, of a value per budget
@@ -103,12 +97,11 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
         if method == "parabola":
             if (sizes := len(np.unique(u))) < 3:
                 raise ValueError(f'budget {budget:g} has {sizes} distinct sizes; a parabola needs 3, "min" needs 1')
-            middle, width = u.mean(), np.ptp(u)                          # centred and scaled: well conditioned
-            c2, c1, c0 = np.polyfit((u - middle) / width, losses, 2)
+            c2, c1, c0 = np.polyfit((u - u.mean()) / np.ptp(u), losses, 2)         # centred and scaled
             if c2 <= 1e-12 * best_loss:
                 warnings.warn(f"budget {budget:g}: the parabola opens downward; took the lowest run", stacklevel=2)
             else:
-                best, best_loss = middle - width * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
+                best, best_loss = u.mean() - np.ptp(u) * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
                 if not u.min() <= best <= u.max():
                     warnings.warn(f"budget {budget:g}: the vertex N {math.exp(best):.4g} lies outside the sampled "
                                   f"{math.exp(u.min()):.4g}..{math.exp(u.max()):.4g}; add sizes there", stacklevel=2)
@@ -120,7 +113,6 @@ class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective inte
     """L(N, D) = E + A / N**alpha + B / D**beta, nats a token; the mean Huber loss reached; 95% intervals by name."""
 
     def __call__(self, N, D):
-        """The loss at N and D, numbers or arrays."""
         return self.E + self.A / np.asarray(N, float) ** self.alpha + self.B / np.asarray(D, float) ** self.beta
 
     def optimal(self, C) -> tuple[np.ndarray, np.ndarray]:
@@ -157,9 +149,9 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
         gradient = np.einsum("sni,sn->si", weighted, r)[..., None]
         trial = theta - np.linalg.solve(hessian + diagonal[..., None] * np.eye(5), gradient)[..., 0].clip(-2, 2)
         trial[:, 3:] = trial[:, 3:].clip(1e-3)                           # a loss that grows with N or D is no law
-        trial_value, trial_r, trial_jacobian = evaluate(trial)
-        better = trial_value < value
-        for old, new in ((theta, trial), (value, trial_value), (r, trial_r), (jacobian, trial_jacobian)):
+        tried = evaluate(trial)
+        better = tried[0] < value
+        for old, new in zip((theta, value, r, jacobian), (trial, *tried)):
             old[better] = new[better]
         damping = np.clip(np.where(better, damping / 3, damping * 4), 1e-12, 1e12)
         if (damping >= 1e12).all() or value.max() < 1e-28:
@@ -174,77 +166,67 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed:
           absolute values. bootstrap: how many times the runs are drawn again for the 95% intervals, 0 for none.
     Raises: ValueError on too few runs, on one N or one D alone, or values that are not positive and finite.
     """
-    N, D, loss = columns(5, N=N, D=D, loss=loss)
-    u, v, y = np.log(N), np.log(D), np.log(loss)
+    u, v, y = map(np.log, columns(5, N=N, D=D, loss=loss))
     if np.ptp(u) < 1e-9 or np.ptp(v) < 1e-9:
         raise ValueError("needs at least two distinct N and two distinct D; a term that never moves cannot be fitted")
     fives, halves = np.arange(0, 30, 5), np.arange(0, 2.5, 0.5)
     grid = np.array(np.meshgrid(fives, fives, halves - 1, halves, halves)).reshape(5, -1).T      # (4500, 5)
-    once = np.ones((len(grid), len(u)))
+    once, intervals = np.ones((len(grid), len(u))), {}
     _, value = huber_fit(grid, u, v, y, once, delta, steps=0)
     theta, value = huber_fit(grid[value.argsort()[:48]], u, v, y, once[:48], delta)
-    best, intervals = theta[value.argmin()], {}
-    constants = lambda theta: np.concatenate([np.exp(theta[..., [2, 0, 1]]), theta[..., 3:]], -1)
+    best, constants = theta[value.argmin()], lambda theta: np.hstack([np.exp(theta[:, [2, 0, 1]]), theta[:, 3:]])
     if bootstrap:
         drawn = np.random.default_rng(seed).multinomial(len(u), np.full(len(u), 1 / len(u)), size=bootstrap)
         again, _ = huber_fit(np.tile(best, (bootstrap, 1)), u, v, y, drawn, delta)
         ends = np.percentile(constants(again), [2.5, 97.5], axis=0).T.tolist()
         intervals = dict(zip(ParametricLaw._fields, map(tuple, ends)))
-    return ParametricLaw(*constants(best).tolist(), float(value.min()), intervals)
+    return ParametricLaw(*constants(best[None])[0].tolist(), float(value.min()), intervals)
 
 
 # --------------------------------------------------------------------------------------- 2. the approaches side by side
 
-def compare(runs: list[dict], picture: Path | None = None) -> dict:
-    """Prints and draws the three approaches on runs as `sweep` returns them, of parameters, train_flops and loss.
-
-    Returns: {"min", "parabola": Optima, "parametric": ParametricLaw}.
-    """
-    N, C, loss = columns(5, **{name: [run[name] for run in runs] for name in ("parameters", "train_flops", "loss")})
-    far = C.max() * np.array([10, 100])
+def compare(N, C, loss, picture: Path | None = None) -> tuple[Optima, ParametricLaw]:
+    """Prints, and draws, the three approaches on the same runs (n,). Returns: the parabolas' vertices, the law."""
+    N, C, loss = columns(5, N=N, C=C, loss=loss)
+    lowest, best = isoflop_optima(N, C, loss, "min"), isoflop_optima(N, C, loss, "parabola")
     law = fit_parametric(N, C / (6 * N), loss, delta=0.01, bootstrap=200)          # 1%: more than a run's noise
-    found = {method: isoflop_optima(N, C, loss, method) for method in ("min", "parabola")}
     print("budget    N:loss of each run; vertex of the parabola")
-    for budget, vertex, value in zip(*(found["parabola"][i] for i in (0, 1, 3))):
-        same = np.isclose(C, budget, 1e-5)
-        curve = "".join(f"{n:9.3g}:{y:.3f}" for n, y in sorted(zip(N[same], loss[same])))
-        print(f"{budget:8.3g} {curve}  vertex {vertex:.3g}:{value:.3f}")
-    print("\napproach     N_opt ~ C^a   D_opt ~ C^(1-a)    N, loss at 10x the largest budget       at 100x")
-    rows = {"parametric": (law.beta / (law.alpha + law.beta), math.nan, law.optimal(far)[0], law(*law.optimal(far)))}
-    for name, optima in found.items():
+    for budget, vertex, _, value in zip(*best):
+        curve = sorted(zip(N[np.isclose(C, budget, 1e-5)], loss[np.isclose(C, budget, 1e-5)]))
+        print(f"{budget:8.3g} {''.join(f'{n:9.3g}:{y:.3f}' for n, y in curve)}  vertex {vertex:.3g}:{value:.3f}")
+    far, a = C.max() * np.array([10, 100]), law.beta / (law.alpha + law.beta)
+    rows = [("parametric", a, *law.optimal(far)[0], *law(*law.optimal(far)))]
+    for name, optima in (("min", lowest), ("parabola", best)):
         size = fit_power_law(optima.C, optima.N)
-        rows[name] = size.exponent, size.exponent_error, size(far), fit_power_law(optima.C, optima.loss)(far)
-    for name, (a, error, sizes, losses) in rows.items():
-        spread = "" if math.isnan(error) else f"+-{error:.3f}"
-        pairs = "".join(f"{n:19.3g}{y:8.3f}" for n, y in zip(sizes, losses))
-        print(f"{name:11s}{a:8.3f} {spread:7s}{1 - a:14.3f}{pairs}")
-    print("with", ", ".join(f"{name} {value:.4g} ({law.intervals[name][0]:.4g} to {law.intervals[name][1]:.4g})"
-                            for name, value in zip(law._fields[:5], law)))
+        rows.append((name, size.exponent, *size(far), *fit_power_law(optima.C, optima.loss)(far)))
+    print("\napproach    N_opt ~ C^a   D_opt ~ C^(1-a)    N, loss at 10x the largest budget       at 100x")
+    for name, a, n10, n100, loss10, loss100 in rows:
+        print(f"{name:12s}{a:11.3f}{1 - a:18.3f}{n10:19.3g}{loss10:8.3f}{n100:18.3g}{loss100:8.3f}")
+    print("with", ", ".join(f"{name} {value:.4g} ({low:.4g} to {high:.4g})"
+                            for value, (name, (low, high)) in zip(law, law.intervals.items())))
     if picture:
-        print(draw(N, C, loss, found["parabola"], law, picture))
-    return found | {"parametric": law}
+        draw(N, C, loss, best, law, picture)
+    return best, law
 
 
-def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> str:
-    """IsoFLOP curves with their optima, and N_opt and D_opt against C, as a PNG. Returns: what to tell the reader."""
+def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> None:
+    """A PNG: the runs of each budget, the parametric fit through them and the vertices; N_opt and D_opt against C."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return "no picture: pip install matplotlib draws one"
+        return print("no picture: pip install matplotlib draws one")
     left, right = (figure := Figure(figsize=(11, 4.2), layout="tight")).subplots(1, 2)
     for i, budget in enumerate(best.C):
-        n, y = N[np.isclose(C, budget, 1e-5)], loss[np.isclose(C, budget, 1e-5)]
-        grid = np.geomspace(n.min(), n.max())
-        left.semilogx(n, y, f"C{i}o", grid, law(grid, budget / (6 * grid)), f"C{i}-")
+        n = np.sort(N[same := np.isclose(C, budget, 1e-5)])
+        left.semilogx(N[same], loss[same], f"C{i}o", n, law(n, budget / (6 * n)), f"C{i}-")
     left.semilogx(best.N, best.loss, "k*")
-    wide = np.geomspace(best.C.min(), best.C.max() * 100)
-    for color, vertices, line in (("C0", best.N, law.optimal(wide)[0]), ("C1", best.D, law.optimal(wide)[1])):
-        right.loglog(best.C, vertices, color + "o", wide, line, color + "-")
-    left.set(xlabel="N", ylabel="loss (nats a token)", title="runs of each budget, parametric fit, * vertices")
-    right.set(xlabel="C (FLOPs)", title="N_opt (blue), D_opt (orange): vertices, parametric fit")
+    for color, name, vertices, line in zip(("C0", "C1"), "ND", (best.N, best.D), law.optimal(best.C)):
+        right.loglog(best.C, vertices, color + "o", best.C, line, color, label=f"{name}_opt")
+    left.set(xlabel="N", ylabel="loss (nats a token)")
+    right.set(xlabel="C (FLOPs)", ylabel="N_opt (blue), D_opt (orange)")
     figure.savefig(part := path.with_suffix(".part"), format="png", dpi=130)
     os.replace(part, path)
-    return f"picture: {path}"
+    print(f"picture: {path}")
 
 
 def chinchilla_runs(seed: int = 0, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -255,21 +237,20 @@ def chinchilla_runs(seed: int = 0, noise: float = 0.0) -> tuple[np.ndarray, np.n
 
 
 def walk_through(seed: int = 0) -> None:
-    """The three approaches on runs made from a known law, then two ways to go wrong."""
+    """The three approaches on runs made from a known law, two ways to go wrong, and the self-check."""
     print("35 runs made from L = 1.69 + 406.4/N^0.34 + 410.7/D^0.28 with 0.5% noise; in truth N_opt ~ C^0.452\n")
-    compare([dict(zip(("parameters", "train_flops", "loss"), run)) for run in zip(*chinchilla_runs(seed, 0.005))])
-    exponents, powers = [], np.linspace(0, 1, 1001)
+    compare(*chinchilla_runs(seed, 0.005))
+    found, powers = [], np.linspace(0, 1, 1001)
     for again in range(20):
-        runs = chinchilla_runs(again, 0.01)
-        best, low = isoflop_optima(*runs, "parabola"), isoflop_optima(*runs, "min")
-        basis = (best.C / best.C.max()) ** powers[:, None]               # (1001, budgets)
-        misfit = ((basis * (basis @ best.N / (basis ** 2).sum(1))[:, None] - best.N) ** 2).sum(1)     # at the best k
-        exponents.append((*(fit_power_law(o.C, o.N).exponent for o in (best, low)), powers[misfit.argmin()]))
+        best, lowest = (isoflop_optima(*chinchilla_runs(again, 0.01), method) for method in ("parabola", "min"))
+        basis = (best.C / best.C.max()) ** powers[:, None]               # (1001, budgets); below, each at its best k
+        misfit = ((basis * (basis @ best.N / (basis ** 2).sum(1))[:, None] - best.N) ** 2).sum(1)
+        found.append((*(fit_power_law(o.C, o.N).exponent for o in (best, lowest)), powers[misfit.argmin()]))
     print("\nwhat goes wrong: the exponent a over 20 draws with 1% noise, mean +- standard deviation")
-    for a, name in zip(np.array(exponents).T, (
-            "vertices, fitted in log-log space", "lowest runs, log-log: they jump by whole grid steps",
-            "vertices, k C^a fitted in linear space: the largest budget decides alone")):
-        print(f"  {a.mean():.3f} +- {a.std():.3f}  {name}")
+    for a, name in zip(zip(*found), ("vertices, fitted in log-log space", "lowest runs: they jump by whole grid steps",
+                                     "vertices, k C^a fitted in linear space: the largest budget decides alone")):
+        print(f"  {np.mean(a):.3f} +- {np.std(a):.3f}  {name}")
+    print("\n" + self_check())
 
 
 # --------------------------------------------------------------------------------------------- 3. what may be asked for
@@ -278,74 +259,67 @@ class Refused(Exception):
     """A request that is answered with an error; args: the HTTP status, and one line that says why."""
 
 
-# A rule is a set (one of these), (int or float, low, high), the same with None (or null), or a list or dict of rules.
-COURSE = {"d_model": (int, 64, 1024), "num_layers": (int, 2, 24), "num_heads": (int, 2, 16), "batch_size": {128, 256},
-          "learning_rate": (float, 1e-4, 1e-3),
+QUERY = {"d_model": 64, "num_layers": 2, "num_heads": 2, "batch_size": 128, "learning_rate": 1e-3,
+         "train_flops": 10 ** 13}
+COURSE = {"d_model": (64, 1024), "num_layers": (2, 24), "num_heads": (2, 16), "batch_size": {128, 256},
+          "learning_rate": (1e-4, 1e-3),
           "train_flops": {k * 10 ** e for k in (1, 3, 6) for e in range(13, 18)} | {10 ** 18}}
-HOME = {"d_model": (int, 8, 1024), "num_layers": (int, 1, 24), "num_heads": (int, 1, 16), "batch_size": (int, 1, 256),
-        "learning_rate": (float, 1e-5, 0.2), "train_flops": (int, 10 ** 9, 10 ** 18)}          # what a laptop can train
-RATE, FRACTION, DECAY, COUNT = (float, 0, 1e3), (float, 0, 1), (float, 0, 0.999999), (int, 1, 1 << 20)
-BOTH = {"lr_scheduler": {"peak": RATE, "final_lr_frac": FRACTION, "warmup_frac": FRACTION, "init": RATE},
-        "weight_decay": FRACTION, "grad_clip_norm": (float, 1e-9, 1e9, None)}
-SGD = BOTH | {"momentum": DECAY, "nesterov": {False, True}}
-ADAMW = BOTH | {"betas": [DECAY, (float, 1e-6, 0.999999)], "eps": FRACTION, "eps_root": FRACTION}
-TRAINING = {
-    "architecture_config": {
-        "hidden_size": COUNT, "intermediate_size": COUNT, "num_attention_heads": COUNT, "num_key_value_heads": COUNT,
-        "head_dim": (int, 2, 1024), "num_hidden_layers": (int, 1, 512), "attention_bias": {False, True},
-        "tie_word_embeddings": {False, True}, "rms_norm_eps": FRACTION, "rope_theta": (float, 1, 1e12),
-        "dtype": {"float32", "bfloat16"}, "vocab_size": (int, 2, 1 << 24)},
-    "optimizer_config": ADAMW, "train_batch_size": COUNT, "val_batch_size": COUNT, "n_evals": (int, 1, 1000),
-    "total_train_tokens": (int, 1, 10 ** 15), "max_runtime_seconds": (float, 1e-3, 1e6), "model_seed": (int, 0, 1 << 31)}
+HOME = {"d_model": (8, 1024), "num_layers": (1, 24), "num_heads": (1, 16), "batch_size": (1, 256),
+        "learning_rate": (1e-5, 0.2), "train_flops": (10 ** 9, 10 ** 18)}                      # what a laptop can train
 
 
-def check(value, rule, name: str, out_of_range: int = 422):
-    """The value in the rule's type. Raises: Refused `out_of_range` for one not allowed, 422 for another kind."""
-    def refuse(wanted: str, status: int = 422):
-        raise Refused(status, f"{name} must {wanted}, got {repr(value)[:60]}")
-    if isinstance(rule, dict):
-        if not isinstance(value, dict) or value.keys() != rule.keys():
-            wrong = sorted(value.keys() ^ rule.keys()) if isinstance(value, dict) else ["an object"]
-            raise Refused(422, f"{name} must have {', '.join(rule)}; unknown or missing: {', '.join(wrong)[:200]}")
-        return {key: check(value[key], inner, key, out_of_range) for key, inner in rule.items()}
-    if isinstance(rule, list):
-        fits = isinstance(value, list) and len(value) == len(rule)
-        return [check(*pair, name) for pair in zip(value, rule)] if fits else refuse(f"be a list of {len(rule)} numbers")
-    if value is None and None in rule:
-        return None
-    kind = type(min(rule)) if isinstance(rule, set) else rule[0]
-    if not isinstance(value, kind if kind in (bool, str) else (int, float)) or isinstance(value, bool) != (kind is bool):
-        refuse({bool: "be true or false", str: "be a word"}.get(kind, "be a number"))
-    if isinstance(rule, set) and value not in rule:
-        refuse(f"be one of {', '.join(map(str, sorted(rule)))}", out_of_range)
-    if isinstance(rule, tuple) and not rule[1] <= value <= rule[2]:      # NaN as well
-        refuse(f"be in range [{rule[1]}, {rule[2]}]", out_of_range)
-    return kind(value) if value == kind(value) else refuse("be a whole number")
+def like(value, example, name: str):
+    """The value in the types of the example: the same keys, as many numbers. Raises: Refused 422.
+
+    Numbers are finite and at least 0, fractions at most 1; whole numbers at least 1, but for the seed.
+    """
+    kind, fraction = type(example), name.endswith("_frac") or name in ("betas", "momentum", "weight_decay")
+    if kind is dict is type(value) and (wrong := sorted(example.keys() ^ value.keys())):
+        raise Refused(422, f"{name} must have {', '.join(example)}; unknown or missing: {', '.join(wrong)[:200]}")
+    if kind is dict is type(value):
+        return {key: like(value[key], inner, key) for key, inner in example.items()}
+    if kind is list is type(value) and len(value) == len(example):
+        return [like(*pair, name) for pair in zip(value, example)]
+    if kind in (bool, str) and type(value) is kind or value is None and name == "grad_clip_norm" or example is ...:
+        return value
+    low, high = int(kind is int and name != "model_seed"), 1 if fraction else 10 ** 20
+    if name in ("grad_clip_norm", "max_runtime_seconds"):
+        low = 1e-6
+    if kind in (int, float) and type(value) in (int, float) and low <= value <= high and value == kind(value):
+        return kind(value)                                               # neither NaN nor true gets here
+    wanted = {dict: "an object", list: "a list of 2 numbers", bool: "true or false", str: "a word"}
+    raise Refused(422, f"{name} must be " + wanted.get(kind, f"a {'whole ' if kind is int else ''}number from {low} to "
+                                                       f"{high}") + f", got {repr(value)[:60]}")
+
+
+def check_query(given: dict, ranges: dict) -> dict:
+    """The numbers of a 2025 query. Raises: Refused 422 for what is no number, 404 for one that is out of range."""
+    try:
+        query = like({name: json.loads(text) for name, text in given.items()}, QUERY, "the query")
+    except (ValueError, RecursionError):
+        raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
+    for name, limit in ranges.items():
+        if isinstance(limit, set) and query[name] not in limit:
+            raise Refused(404, f"{name} must be one of {', '.join(map(str, sorted(limit)))}, got {query[name]}")
+        if isinstance(limit, tuple) and not limit[0] <= query[name] <= limit[1]:
+            raise Refused(404, f"{name} must be in range [{limit[0]}, {limit[1]}], got {query[name]}")
+    return query
 
 
 def check_training(config) -> dict:
     """A complete 2026 training config; its optimizer is SGD if it has momentum, else AdamW. Raises: Refused 422."""
-    optimizer = config.get("optimizer_config") if isinstance(config, dict) else None
-    sgd = isinstance(optimizer, dict) and "momentum" in optimizer
-    config = check(config, TRAINING | {"optimizer_config": SGD if sgd else ADAMW}, "the training config")
-    shape = config["architecture_config"]
-    if shape["num_attention_heads"] % shape["num_key_value_heads"] or shape["head_dim"] % 2:
-        raise Refused(422, "num_attention_heads must be a multiple of num_key_value_heads, and head_dim even")
+    example = LawBackend().translate(QUERY, 0)
+    given = config.get("optimizer_config") if isinstance(config, dict) else None
+    if isinstance(given, dict) and "momentum" in given:
+        both = ("lr_scheduler", "weight_decay", "grad_clip_norm")
+        sgd = {name: example["optimizer_config"][name] for name in both} | {"momentum": 0.9, "nesterov": False}
+        example["optimizer_config"] = sgd
+    shape = (config := like(config, example, "the training config"))["architecture_config"]
+    if shape["head_dim"] % 2 or shape["num_attention_heads"] % shape["num_key_value_heads"]:
+        raise Refused(422, "head_dim must be even, and num_attention_heads a multiple of num_key_value_heads")
+    if shape["dtype"] not in ("float32", "bfloat16"):
+        raise Refused(422, f"dtype must be float32 or bfloat16, got {shape['dtype'][:60]!r}")
     return config
-
-
-def from_query(query: dict, backend, seed: int) -> dict:
-    """The training config that a 2025 query means; what that leaves open is set here. Tokens D = train_flops / 6N."""
-    d, heads, batch = query["d_model"], query["num_heads"], query["batch_size"]
-    shape = {"attention_bias": False, "head_dim": max(2, 2 * round(d / heads / 2)), "hidden_size": d,
-             "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
-             "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-             "tie_word_embeddings": False, "dtype": backend.dtype, "vocab_size": backend.vocab_size}
-    rates = {"peak": query["learning_rate"], "final_lr_frac": 0.0, "warmup_frac": 0.05, "init": 0.0}
-    adamw = {"weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0}
-    return {"architecture_config": shape, "optimizer_config": {"lr_scheduler": rates} | adamw, "model_seed": seed,
-            "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "max_runtime_seconds": 1e6,
-            "total_train_tokens": max(1, round(query["train_flops"] / (6 * backend.count_parameters(shape))))}
 
 
 # -------------------------------------------------------------------------------------------------- 4. the two backends
@@ -364,17 +338,30 @@ class LawBackend:
         layer = 2 * d * heads * shape["head_dim"] + 3 * d * shape["intermediate_size"]
         return shape["num_hidden_layers"] * layer + self.head * d * shape["vocab_size"]
 
+    def translate(self, query: dict, seed: int) -> dict:
+        """The 2026 training config that a 2025 query means; what it leaves open is set here. D = train_flops / 6N."""
+        d, heads, batch = query["d_model"], query["num_heads"], query["batch_size"]
+        shape = {"attention_bias": False, "head_dim": max(2, 2 * round(d / heads / 2)), "hidden_size": d,
+                 "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
+                 "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+                 "tie_word_embeddings": False, "dtype": self.dtype, "vocab_size": self.vocab_size}
+        rates = {"peak": query["learning_rate"], "final_lr_frac": 0.0, "warmup_frac": 0.05, "init": 0.0}
+        adamw = {"weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0}
+        return {"architecture_config": shape, "optimizer_config": {"lr_scheduler": rates} | adamw, "model_seed": seed,
+                "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "max_runtime_seconds": 1e6,
+                "total_train_tokens": max(1, round(query["train_flops"] / (6 * self.count_parameters(shape))))}
+
     def run(self, config: dict, report) -> tuple[list[float], float]:
         """(validation losses, seconds); report(losses) is called as they come. Raises: ValueError with the reason."""
-        shape, D = config["architecture_config"], config["total_train_tokens"]
+        shape, D = config["architecture_config"], float(config["total_train_tokens"])
         N, rate = self.count_parameters(shape), max(config["optimizer_config"]["lr_scheduler"]["peak"], 1e-9)
         if (seconds := 6 * N * D / 4e14) > config["max_runtime_seconds"]:
             raise ValueError(f"passed max_runtime_seconds, it takes {seconds:.0f} s")
         off_rate = math.log(rate / max(1e-5, 0.003239 - 0.0001395 * math.log(N)))
         off_shape = math.log(shape["hidden_size"] / (50 * shape["num_hidden_layers"]))
-        noise = math.exp(random.Random(json.dumps(config, sort_keys=True)).gauss(0, 0.002))
+        noise = np.random.default_rng(list(json.dumps(config, sort_keys=True).encode())).normal(0, 0.002)
         curve = CHINCHILLA(N, D * np.arange(1, config["n_evals"] + 1) / config["n_evals"])
-        factor = (1 + 0.02 * off_rate ** 2 + 0.004 * off_shape ** 2) * noise
+        factor = (1 + 0.02 * off_rate ** 2 + 0.004 * off_shape ** 2) * math.exp(noise)
         return (np.minimum(curve, math.log(shape["vocab_size"])) * factor).tolist(), seconds
 
 
@@ -391,41 +378,40 @@ class TrainBackend(LawBackend):
         self.how = str(tokens), context_length, compiled
 
     def run(self, config: dict, report) -> tuple[list[float], float]:
-        """As LawBackend.run, but trained."""
-        context = multiprocessing.get_context("spawn")                   # not fork: the server has threads
+        """As LawBackend.run, but trained. The clock starts when torch is there."""
+        context, limit = multiprocessing.get_context("spawn"), config["max_runtime_seconds"]     # fork dislikes threads
         receive, send = context.Pipe(duplex=False)
         process = context.Process(target=train_once, args=(config, *self.how, send), daemon=True)
         process.start()
         send.close()                                                     # now the process's end is the pipe's end
         try:
-            receive.recv()                                               # torch is imported: the clock starts
-            began, limit = time.perf_counter(), config["max_runtime_seconds"]
-            while receive.poll(max(0.0, began + limit - time.perf_counter())):
-                kind, value = receive.recv()
-                if kind == "failed":
-                    raise ValueError(value)
-                if kind == "done":
-                    return value, time.perf_counter() - began
-                report(value)
-            raise ValueError(f"passed max_runtime_seconds {limit:g}")
+            losses, done, reason = receive.recv()
+            began = time.perf_counter()
+            while not done and receive.poll(max(0.0, began + limit - time.perf_counter())):
+                losses, done, reason = receive.recv()
+                report(losses)
         except EOFError:
-            raise ValueError("its process was killed") from None
+            reason = "its process was killed"
         finally:
             process.kill()
+        if reason or not done:
+            raise ValueError(reason or f"passed max_runtime_seconds {limit:g}")
+        return losses, time.perf_counter() - began
 
 
 def train_once(config: dict, tokens: str, context_length: int, compiled: bool, pipe) -> None:
-    """In a process of its own, on one thread: trains model.py by train.py's steps. Sends losses, then done or failed.
+    """In a process of its own, on one thread: trains model.py by train.py's steps, as the config says.
 
-    Validation is on the same 512 windows for every run, n_evals times, evenly spread, the last one at the end.
+    Sends (losses so far, whether it ended, why it failed). Validation is on the same 512 windows for every run, n_evals
+    times, evenly spread, the last one at the end.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                         # Ctrl-C is the server's, which ends this
+    losses = []
     try:
         import torch
         import model as transformer                                      # a driver imports siblings, and only in here
         import optim
         import train
-        pipe.send(("running", losses := []))
+        pipe.send((losses, False, ""))
         torch.set_num_threads(1)
         torch.manual_seed(config["model_seed"])
         shape, given, evals = config["architecture_config"], config["optimizer_config"], config["n_evals"]
@@ -433,29 +419,31 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
                  "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
                  "attention_bias": "qkv_bias", "tie_word_embeddings": "tie_embeddings"}
         settings = {names.get(name, name): value for name, value in shape.items() if name != "dtype"}
-        device = "cuda" if (cuda := torch.cuda.is_available()) else "cpu"
-        loss_fn = torch.compile(train.plain_loss) if compiled else train.plain_loss
-        network = transformer.TransformerLM(transformer.ModelConfig(context_length=context_length, **settings),
-                                            transformer.sdpa_attention).to(device)
-        peak, low_share, warm_share, init = (given["lr_scheduler"][name] for name in BOTH["lr_scheduler"])
-        groups = [{"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
-                  {"params": [p for p in network.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        model = transformer.TransformerLM(transformer.ModelConfig(context_length=context_length, **settings),
+                                          transformer.sdpa_attention)
+        model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
+        rates = given["lr_scheduler"]
+        peak, low, init = rates["peak"], rates["peak"] * rates["final_lr_frac"], rates["init"]
+        groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
+                  {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
         if "momentum" in given:
             optimizer = torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
         else:
-            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"], fused="triton" if cuda else "foreach")
-        if root := given.get("eps_root"):                                # added to v below
-            for p in network.parameters():
+            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"],
+                                    fused="triton" if device == "cuda" else "foreach")
+        if root := given.get("eps_root"):                                # is added to v below, so v must be there
+            for p in model.parameters():
                 optimizer.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         how = train.TrainConfig(batch_size=config["train_batch_size"], context_length=context_length,
                                 clip_norm=given["grad_clip_norm"] or math.inf,
                                 precision="autocast" if shape["dtype"] == "bfloat16" else "fp32")
-        steps = max(1, round(config["total_train_tokens"] / how.batch_size / context_length))
-        warmup, low = round(warm_share * steps), peak * low_share
+        loss_fn = torch.compile(train.plain_loss) if compiled else train.plain_loss
         ids = {split: train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
                for split in ("train", "valid")}
-        starts = train.evaluation_starts(ids["valid"], context_length, 512)
+        windows = train.evaluation_starts(ids["valid"], context_length, 512)
         generator = torch.Generator().manual_seed(config["model_seed"])
+        steps = max(1, round(config["total_train_tokens"] / how.batch_size / context_length))
+        warmup = round(rates["warmup_frac"] * steps)
         for step in range(steps):
             rate = low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) / 2
             for group in optimizer.param_groups:
@@ -463,20 +451,18 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
             for state in optimizer.state.values() if root else ():       # v is then the average of gradient^2 + root
                 state["exp_avg_sq"] += root * (1 / given["betas"][1] - 1)
             batch = train.get_batch(ids["train"], how.batch_size, context_length, device, generator)
-            loss, _ = train.training_step(network, optimizer, [batch], loss_fn,
-                                          torch.nn.utils.clip_grad_norm_, how)
+            loss, _ = train.training_step(model, optimizer, [batch], loss_fn, torch.nn.utils.clip_grad_norm_, how)
             if due := (step + 1) * evals // steps > step * evals // steps:
-                losses.append(train.evaluate(network, train.plain_loss, ids["valid"], starts, context_length,
+                losses.append(train.evaluate(model, train.plain_loss, ids["valid"], windows, context_length,
                                              config["val_batch_size"], how.precision))
             if due or step % 50 == 0:
                 if not all(map(math.isfinite, [*losses, loss.item()])):
                     raise ValueError(f"the loss at step {step + 1} is not finite; lower the learning rate")
-                pipe.send(("running", losses))                           # even nothing new: is the server there?
-        pipe.send(("done", losses))
-    except BrokenPipeError:                                              # the server is gone
+                pipe.send((losses, step + 1 == steps, ""))               # even nothing new: is the server there?
+    except (BrokenPipeError, KeyboardInterrupt):                         # the server is gone, or going
         pass
     except Exception as error:
-        pipe.send(("failed", str(error) or repr(error)))
+        pipe.send((losses, True, str(error) or repr(error)))
 
 
 # ------------------------------------------------------------------------------------------------- 5. the HTTP server
@@ -494,10 +480,11 @@ class Server(ThreadingHTTPServer):
     def __init__(self, path, backend, *, keys=("local",), ranges=COURSE, seed: int = 0, port: int = 0, workers: int = 1,
                  flops: float = 2e18, seconds: float = 43200.0):
         self.backend, self.keys, self.ranges, self.seed = backend, keys, ranges, seed
-        self.budgets, self.lock, self.pool = {2025: flops, 2026: seconds}, threading.RLock(), ThreadPoolExecutor(workers)
+        self.budgets, self.pool = {2025: flops, 2026: seconds}, ThreadPoolExecutor(workers)
+        self.lock = threading.RLock()
         try:
             self.db = sqlite3.connect(path, check_same_thread=False, timeout=0.5)
-            self.db.executescript("PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+            self.db.executescript("PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; "
                                   "CREATE TABLE IF NOT EXISTS records (id TEXT PRIMARY KEY, record TEXT)")
             rows = self.db.execute("SELECT id, record FROM records ORDER BY rowid").fetchall()
             super().__init__(("127.0.0.1", port), Handler)
@@ -506,7 +493,7 @@ class Server(ThreadingHTTPServer):
                              "--out or --port") from None
         self.records = {run: json.loads(record) for run, record in rows}
         self.ended = {run: self.pool.submit(self.work, run) for run, record in list(self.records.items())
-                      if record.get("backend") == backend.name and record["status"]["status"] in ("queued", "running")}
+                      if record["backend"] == backend.name and record["status"]["status"] in ("queued", "running")}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
@@ -567,8 +554,8 @@ class Server(ThreadingHTTPServer):
 
 
 QUERIES = "loss", "total_flops_used", "previous_runs"                    # the 2025 protocol
-VERBS = dict.fromkeys((*QUERIES, "budget", "experiments", "experiment"), ["GET"]) | {
-    "submit": ["POST"], "final_submission": ["GET", "POST"]}
+VERBS = dict.fromkeys((*QUERIES, "budget", "experiments", "experiment"), "GET") | {
+    "submit": "POST", "final_submission": "GET or POST"}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -577,23 +564,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, name: str, key: str, given):
         """The answer to /name. given: the query (2025), the body (POST), or the id (experiment). Raises: Refused."""
-        server, backend = self.server, self.server.backend
+        server = self.server
         if name == "loss":
-            try:
-                numbers = {parameter: json.loads(text) for parameter, text in given.items()}
-            except (ValueError, RecursionError):
-                raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
-            asked = check(numbers, server.ranges, "the query", 404)
-            config = from_query(asked, backend, server.seed)
+            asked = check_query(given, server.ranges)
+            config = server.backend.translate(asked, server.seed)
             run = server.add(2025, key, config, asked, asked["train_flops"])
             if run in server.ended:
                 server.ended[run].result()
-            status = server.records[run]["status"]
-            if status["status"] == "failed":
+            if (status := server.records[run]["status"])["status"] == "failed":
                 raise Refused(500, f"the run failed and costs nothing: {status['reason']}")
-            return {"loss": status["val_losses"][-1], "total_flops_used": server.used(2025, key), "backend": backend.name,
-                    "parameters": backend.count_parameters(config["architecture_config"]),
-                    "tokens": config["total_train_tokens"]}
+            N = server.backend.count_parameters(config["architecture_config"])
+            return {"loss": status["val_losses"][-1], "total_flops_used": server.used(2025, key), "parameters": N,
+                    "tokens": config["total_train_tokens"], "backend": server.backend.name}
         if name == "total_flops_used":
             return server.used(2025, key)
         if name == "previous_runs":
@@ -608,11 +590,9 @@ class Handler(BaseHTTPRequestHandler):
             return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
         if name == "final_submission":
             if self.command == "POST":
-                if not isinstance(given, dict) or given.keys() != {"training_config", "predicted_final_loss"}:
-                    raise Refused(422, "the body must have training_config and predicted_final_loss, and nothing else")
-                loss = check(given["predicted_final_loss"], (float, 0, 1e3), "predicted_final_loss")
-                final = {"training_config": check_training(given["training_config"]), "predicted_final_loss": loss}
-                server.keep(f"final {key}", {"protocol": "final", "key": key, "final": final})
+                final = like(given, {"training_config": ..., "predicted_final_loss": 1.0}, "the body")
+                final["training_config"] = check_training(final["training_config"])
+                server.keep(f"final {key}", {"protocol": name, "key": key, "final": final, "backend": "none"})
             if f"final {key}" not in server.records:
                 raise Refused(404, "nothing was submitted yet; POST /final_submission first")
             return server.records[f"final {key}"]["final"]
@@ -633,25 +613,24 @@ class Handler(BaseHTTPRequestHandler):
         if name not in VERBS or len(rest) != (name == "experiment"):
             raise Refused(404, f"nothing is at {url.path[:60]}, but at {', '.join('/' + name for name in VERBS)}")
         if self.command not in VERBS[name]:
-            raise Refused(405, f"/{name} takes {' and '.join(VERBS[name])}, got {self.command}")
+            raise Refused(405, f"/{name} takes {VERBS[name]}, got {self.command}")
         query, in_query = dict(pairs), name in QUERIES
         key = query.pop("api_key", None) if in_query else self.headers.get("X-API-Key")
         if key not in self.server.keys or in_query and len(query) + 1 < len(pairs):
             where = "api_key" if in_query else "header X-API-Key"
             raise Refused(422 if in_query else 401, f"{where} must be given once, as one that serve --api-key allows")
-        return self.respond(name, key, self.body() if self.command == "POST" else rest[0] if rest else query)
-
-    def body(self):
-        """A POST's JSON. Raises: Refused."""
+        if self.command == "GET":
+            return self.respond(name, key, rest[0] if rest else query)
         length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not re.fullmatch("[0-9]{1,15}", length):
+        if "Transfer-Encoding" in self.headers or not length.isdecimal() or len(length) > 15:
             raise Refused(411, "the body must tell its Content-Length")
         if int(length) > 1 << 20:
             raise Refused(413, f"the body must be of 1 MiB at most, got {length} bytes")
         try:
-            return json.loads(self.rfile.read(int(length)))
+            body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
             raise Refused(422, f"the body is not JSON: {str(error)[:100]}") from None
+        return self.respond(name, key, body)
 
     def do_GET(self) -> None:
         """Any request that could be parsed."""
@@ -668,21 +647,15 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(code, {"message": message or self.responses[code][0]})
 
     def reply(self, status: int, body) -> None:
-        """Sends the body as JSON."""
+        """Sends the body as JSON, and hears the caller out: a reset while he sends would lose the answer."""
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("X-Backend", self.server.backend.name)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
-
-    def finish(self) -> None:
-        """Hangs up, on a caller who still sends a little later: a reset would take the answer away."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            for _ in range(1 << 10):                                     # listens to 64 MiB at most
-                if not self.connection.recv(1 << 16):
-                    break
-        super().finish()
+        self.connection.shutdown(1)                                      # nothing more is written
+        while self.connection.recv(1 << 16):
+            pass
 
     log_message = lambda self, *args: None
 
@@ -701,78 +674,70 @@ def ask(url: str, path: str, **query):
         raise Refused(503, f"no server at {url} ({error}); start one with: python scaling.py serve") from None
 
 
-def plan(args, budgets: list[float], widths: list[int]) -> list[dict]:
-    """The queries of a sweep: for each budget --window of the widths, moving up with the budget.
+def plan(args, budgets: list[float], widths: list[int], at_a_budget: int = 5) -> list[dict]:
+    """The queries of a sweep, the largest first: for each budget five of the widths, moving up with the budget.
 
     The rate goes as 1 / width, and as D^-0.32 (Bjorck et al.), which along the best sizes is about C^-0.2.
     """
-    queries, slide = [], max(0, len(widths) - args.window) / max(1, len(budgets) - 1)
+    queries, slide = [], max(0, len(widths) - at_a_budget) / max(1, len(budgets) - 1)
     for i, budget in enumerate(sorted(budgets)):
-        for d in widths[round(i * slide):round(i * slide) + args.window]:
+        for d in widths[round(i * slide):][:at_a_budget]:
             rate = float(f"{args.rate * 64 / d * (budget / min(args.budgets)) ** -0.2:.3g}")
-            queries.append(dict(zip(COURSE, (d, args.layers, max(2, d // 64), args.batch_size, rate, int(budget)))))
-    return queries
+            queries.append(dict(zip(QUERY, (d, args.layers, max(2, d // 64), args.batch_size, rate, int(budget)))))
+    return queries[::-1]
 
 
-def sweep(args, url: str, out: Path) -> list[dict]:
-    """Asks for every run of the plan, and writes each answer to `out` as a JSON line. Returns: them all.
+def sweep(args, url: str, out: Path) -> None:
+    """Asks for every run of the plan, and writes the answers to `out` as JSON lines.
 
     The server remembers: asked again after an interruption, only what is missing is trained and charged.
     Raises: ValueError, before anything is spent, when what is missing costs more than is left of the budget.
     """
-    queries, key = plan(args, args.budgets, args.widths)[::-1], args.api_key[0]    # the long ones first
-    known = [{name: run.get(name) for name in COURSE} for run in ask(url, "previous_runs", api_key=key)["previous_runs"]]
-    cost = sum(query["train_flops"] for query in queries if query not in known)
+    queries, key, began = plan(args, args.budgets, args.widths), args.api_key[0], time.perf_counter()
+    known = ask(url, "previous_runs", api_key=key)["previous_runs"]
+    missing = [query for query in queries if not any(query.items() <= run.items() for run in known)]
+    cost, spent = sum(query["train_flops"] for query in missing), 0
     left = args.flop_budget - ask(url, "total_flops_used", api_key=key)
-    print(f"{len(queries)} runs, {sum(query not in known for query in queries)} to do for {cost:.3g} FLOPs; {left:.3g} of "
-          f"{args.flop_budget:.3g} are left")
+    print(f"{len(queries)} runs, {len(missing)} to do for {cost:.3g} FLOPs; {left:.3g} of {args.flop_budget:.3g} left")
     if cost > left:
         raise ValueError("the plan costs more than is left; drop budgets or widths")
     if args.dry_run:
-        print(*(" ".join(f"{name} {value:g} " for name, value in query.items()) for query in queries), sep="\n")
-        return []
+        return print(*(" ".join(f"{name}={value}" for name, value in query.items()) for query in missing), sep="\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    began, spent, runs = time.perf_counter(), 0, []
     with ThreadPoolExecutor(args.workers) as pool, open(out, "w") as file:
         answers = [pool.submit(ask, url, "loss", **query, api_key=key) for query in queries]
         try:
-            for query, answer in zip(queries, answers):
-                runs.append(query | answer.result())
-                print(json.dumps(runs[-1]), file=file, flush=True)
-                spent += query["train_flops"] * (query not in known)
-                eta = max(0, (time.perf_counter() - began) * (cost / max(spent, 1) - 1))
-                print(f"run {len(runs)}/{len(queries)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | "
-                      f"rate {query['learning_rate']:g} | loss {runs[-1]['loss']:.4f} | {runs[-1].get('backend')} | "
-                      f"eta {eta // 60:.0f}m{eta % 60:02.0f}s", flush=True)
+            for i, (query, answer) in enumerate(zip(queries, answers), 1):
+                print(json.dumps(query | answer.result()), file=file, flush=True)
+                spent += query["train_flops"] * (query in missing)
+                eta = (time.perf_counter() - began) * (cost / spent - 1) if spent else 0
+                print(f"run {i}/{len(queries)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | rate "
+                      f"{query['learning_rate']} | loss {answer.result()['loss']:.4f} | eta {eta:.0f} s", flush=True)
         finally:
             pool.shutdown(cancel_futures=True)                           # after an error, ask for nothing more
-    return runs
 
 
-def load_runs(path: Path) -> list[dict]:
-    """Runs from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell. Raises: ValueError."""
-    runs = []
-    for i, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            run = json.loads(line)
-            runs.append({"parameters": 12 * run["num_layers"] * run["d_model"] ** 2} | run | {"loss": float(run["loss"])})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {i} is no run ({error!r}); sweep again") from None
-    return runs
+def load_runs(path: Path) -> list[np.ndarray]:
+    """N, C, loss (n,) from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell."""
+    try:
+        runs = [json.loads(line) for line in path.read_text().splitlines()]
+        N = [run.get("parameters", 12 * run["num_layers"] * run["d_model"] ** 2) for run in runs]
+        return columns(5, N=N, C=[run["train_flops"] for run in runs], loss=[run["loss"] for run in runs])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the runs of a sweep ({error!r}); sweep again") from None
 
 
 def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
     """The server that the command line asks for, already answering."""
     tokens, backend = args.tokens or Path("out/scaling/tokens"), LawBackend()
+    if args.backend == "train" and not args.tokens and not (tokens / "valid.npy").exists():
+        import bpe                                                       # this Python's library, in a small vocabulary
+        import train
+        train.gather_corpus(tokens)
+        tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, [train.END_OF_TEXT]), [train.END_OF_TEXT])
+        for split in ("train", "valid"):
+            bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
     if args.backend == "train":
-        if not args.tokens and not (tokens / "valid.npy").exists():      # this Python's library, in a small vocabulary
-            import bpe
-            import train
-            train.gather_corpus(tokens)
-            end = [train.END_OF_TEXT]
-            tokenizer = bpe.Tokenizer(*bpe.train_bpe(tokens / "train.txt", 512, end), end)
-            for split in ("train", "valid"):
-                bpe.encode_file(tokenizer, tokens / f"{split}.txt", tokens / f"{split}.npy")
         backend = TrainBackend(tokens, args.context_length, args.dtype, args.compile)
     folder.mkdir(parents=True, exist_ok=True)
     return Server(folder / "store.sqlite", backend, keys=args.api_key, ranges=ranges, seed=args.seed, port=port,
@@ -783,13 +748,14 @@ def run(args) -> int:
     """The main job: sweep, fit, predict 8 times the largest budget, train that. Returns: 0 when --within the bar."""
     began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
     server = make_server(args, HOME, folder, 0)
-    fits = compare(sweep(args, server.url, folder / "runs.jsonl"), folder / "isoflop.png")
-    wanted = float(fit_power_law(fits["parabola"].C, fits["parabola"].N)(C))
-    size = lambda query: server.backend.count_parameters(from_query(query, server.backend, 0)["architecture_config"])
-    query = min((plan(args, [C], [d])[0] for d in range(8, 1025, 8)), key=lambda query: abs(math.log(size(query) / wanted)))
-    predicted = float(fits["parametric"](size(query), C / (6 * size(query))))
-    print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model {query['d_model']} "
-          f"has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
+    sweep(args, server.url, folder / "runs.jsonl")
+    best, law = compare(*load_runs(folder / "runs.jsonl"), folder / "isoflop.png")
+    wanted, queries = float(fit_power_law(best.C, best.N)(C)), plan(args, [C], range(8, 1025, 8), at_a_budget=128)
+    size = lambda query: server.backend.count_parameters(server.backend.translate(query, 0)["architecture_config"])
+    query = min(queries, key=lambda query: abs(math.log(size(query) / wanted)))
+    predicted = float(law(size(query), C / (6 * size(query))))
+    print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model "
+          f"{query['d_model']} has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
     reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
     error, seconds = predicted / reached - 1, time.perf_counter() - began
     print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar {args.within:.0%}: "
@@ -806,32 +772,31 @@ def self_check() -> str:
     N, C, loss = chinchilla_runs()
     worst = np.abs(np.divide(fit_parametric(N, C / (6 * N), loss)[:5], CHINCHILLA[:5]) - 1).max()
     assert worst < 1e-6, f"the noise-free fit is off by {worst:.1e}"     # exact data leave only rounding
-    server = Server(":memory:", LawBackend(), flops=6e13)
-    query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 6 * 10 ** 13)), api_key="local")
-    first, again = ask(server.url, "loss", **query), ask(server.url, "loss", **query)
-    assert first == again and again["total_flops_used"] == 6e13, "a repeated query was charged"
+    server = Server(":memory:", LawBackend(), flops=QUERY["train_flops"])
+    first, again = (ask(server.url, "loss", **QUERY, api_key="local") for _ in range(2))
+    assert first == again and again["total_flops_used"] == QUERY["train_flops"], "a repeated query was charged"
     return f"five constants recovered to {worst:.0e}, a repeated query is free  OK"
 
 
 def bench(repeats: int = 7) -> None:
     """Median milliseconds of the parametric fit and of a request."""
     N, C, loss = chinchilla_runs(0, 0.01)
-    server, rates = Server(":memory:", LawBackend(), flops=1e30), iter(np.linspace(1e-4, 1e-3, 99).tolist())
-    query = dict(zip(COURSE, (64, 2, 2, 128, 1e-3, 10 ** 13)), api_key="local")
-    for name, f in (("fit_parametric, 35 runs, 4,500 starts", lambda: fit_parametric(N, C / (6 * N), loss)),
-                    ("the same and 200 resamples", lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
-                    ("GET /loss, known run", lambda: ask(server.url, "loss", **query)),
-                    ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"learning_rate": next(rates)}))):
-        times = sorted(timeit.repeat(f, number=1, repeat=repeats + 1)[1:])         # the first warms up
-        print(f"{name:40s}{times[repeats // 2] * 1e3:9.2f} ms  (min {times[0] * 1e3:.2f}, max {times[-1] * 1e3:.2f})")
+    server, query = Server(":memory:", LawBackend(), flops=1e30), QUERY | {"api_key": "local"}
+    for name, f in (("fit_parametric, 35 runs, 4,500 starts", lambda i: fit_parametric(N, C / (6 * N), loss)),
+                    ("the same and 200 resamples", lambda i: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
+                    ("GET /loss, known run", lambda i: ask(server.url, "loss", **query)),
+                    ("GET /loss, new run", lambda i: ask(server.url, "loss", **query | {"d_model": 65 + i}))):
+        times = []
+        for i in range(repeats + 1):                                     # the first warms up
+            began = time.perf_counter()
+            f(i)
+            times.append(1e3 * (time.perf_counter() - began))
+        print(f"{name:40s}{np.median(times[1:]):9.2f} ms  (min {min(times[1:]):.2f}, max {max(times[1:]):.2f})")
 
 
 def main() -> int:
     """The command line. Returns: the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", default="explain", help="default: explain",
-                        choices=["explain", "serve", "query", "sweep", "fit", "run", "bench"])
-    parser.add_argument("pairs", nargs="*", metavar="name=value", help="query: what to ask /loss for")
     numbers, whole = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (float, int))
     for flag, kind, default, text in (
             ("--seed", int, 0, "of weights and data order"), ("--backend", ("law", "train"), "law", "serve, run"),
@@ -841,42 +806,38 @@ def main() -> int:
             ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 32, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
             ("--workers", int, 2, "runs at a time"), ("--dtype", ("float32", "bfloat16"), "float32", "train: of /loss"),
-            ("--budgets", numbers, [1e11, 2e11, 4e11, 8e11, 1.6e12], "FLOPs"), ("--within", float, 0.03, "run: the bar"),
-            ("--widths", whole, [20, 24, 32, 40, 48, 64, 80, 96, 112], "d_model"), ("--layers", int, 1, "num_layers"),
-            ("--window", int, 5, "widths a budget, moving up with it"), ("--batch-size", int, 16, "sequences"),
-            ("--rate", float, 0.02, "learning rate at width 64 and the smallest budget")):
+            ("--budgets", numbers, [1e11, 2e11, 4e11, 8e11, 1.6e12], "FLOPs"), ("--layers", int, 1, "num_layers"),
+            ("--widths", whole, [20, 24, 32, 40, 48, 64, 80, 96, 112], "d_model"), ("--within", float, 0.03, "bar"),
+            ("--batch-size", int, 16, "sequences"), ("--rate", float, 0.02, "at width 64 and the smallest budget")):
         how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         parser.add_argument(flag, default=default, help=f"{text} (default {default})", **how)
     parser.add_argument("--api-key", nargs="+", default=["local"], help="serve: those allowed; query, sweep: the first")
     parser.add_argument("--compile", action="store_true", help="train: with torch.compile, for a GPU")
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
+    commands = {
+        "explain": lambda: walk_through(args.seed), "bench": bench, "run": lambda: run(args),
+        "serve": lambda: serve(args), "sweep": lambda: sweep(args, args.url, args.out / "runs.jsonl"),
+        "query": lambda: print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0],
+                                              **dict(pair.partition("=")[::2] for pair in args.pairs)))),
+        "fit": lambda: compare(*load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")}
+    parser.add_argument("command", nargs="?", default="explain", choices=commands, help="default: explain")
+    parser.add_argument("pairs", nargs="*", metavar="name=value", help="query: what to ask /loss for")
     args = parser.parse_intermixed_args()
     warnings.showwarning = lambda message, *where: print(f"note: {message}")
     try:
-        if args.command == "explain":
-            walk_through(args.seed)
-            print("\n" + self_check())
-        elif args.command == "serve":
-            server = make_server(args, {"course": COURSE, "home": HOME}[args.ranges], args.out, args.port)
-            print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
-            threading.Event().wait()
-        elif args.command == "query":
-            pairs = dict(pair.partition("=")[::2] for pair in args.pairs)
-            print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0], **pairs)))
-        elif args.command == "sweep":
-            sweep(args, args.url, args.out / "runs.jsonl")
-        elif args.command == "fit":
-            compare(load_runs(args.out / "runs.jsonl"), args.out / "isoflop.png")
-        elif args.command == "bench":
-            bench()
-        else:
-            return run(args)
+        return 1 if commands[args.command]() == 1 else 0
     except (Refused, ValueError, OSError, ImportError) as error:
         print(f"scaling.py: {error.args[-1] if isinstance(error, Refused) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+
+
+def serve(args) -> None:
+    """Answers until Ctrl-C."""
+    server = make_server(args, {"course": COURSE, "home": HOME}[args.ranges], args.out, args.port)
+    print(f"{server.url} answers, backend {args.backend}, keys {args.api_key}; Ctrl-C stops it", flush=True)
+    threading.Event().wait()
 
 
 if __name__ == "__main__":
