@@ -100,7 +100,7 @@ def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -
     check_length(tokens, context_length)
     largest = max(int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     if largest >= vocab_size:
-        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}; use its tokenizer")
+        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}: another tokenizer's")
     return tokens
 
 def check_length(tokens: np.ndarray, context_length: int) -> None:
