@@ -100,7 +100,7 @@ def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -
     check_length(tokens, context_length)
     largest = max(int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     if largest >= vocab_size:
-        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}: another tokenizer's")
+        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}; encode it anew")
     return tokens
 
 def check_length(tokens: np.ndarray, context_length: int) -> None:
@@ -333,7 +333,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             state = model, optimizer.state_dict(**{"rank": 0} if hasattr(optimizer, "owner") else {})
         if last and rank == 0:
             save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
-                            seconds=time.perf_counter() - began, train_config=dataclasses.asdict(config), **(more_state or {}))
+                            seconds=time.perf_counter() - began, train_config=dataclasses.asdict(config),
+                            **(more_state or {}))
         saved = step
 
     caught: list[int] = []                                # signals, acted on between two steps
@@ -380,8 +381,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             if saving:
                 save(done)
             if stopping and done < config.steps:
-                stop = Stop(f"{signal.Signals(stopping).name} after step {done}; the checkpoint {last} is written: to go "
-                            "on, add --resume to the same command")
+                stop = Stop(f"{signal.Signals(stopping).name} after step {done}; the checkpoint {last} is written: to "
+                            "go on, add --resume to the same command")
                 stop.code = 128 + stopping
                 raise stop
     finally:
