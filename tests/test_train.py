@@ -35,7 +35,7 @@ def quiet(model, optimizer, data, config, **options):
     return train.train(model, optimizer, data, data, config, log=lambda line: None, **options)
 
 
-# ------------------------------------------------------------------------------------------------- windows and token files
+# ---------------------------------------------------------------------------------------------- windows and token files
 
 def test_get_batch_shifts_by_one_and_starts_anywhere():
     data = np.arange(100, dtype=np.uint16)
@@ -91,7 +91,8 @@ def test_corpus_is_stable_and_split_by_document(tmp_path):
     share = counts["valid"][0] / (counts["train"][0] + counts["valid"][0])
     assert 0.05 < share < 0.15                                            # a tenth, of at least 500 documents
     assert b"def " in texts["train"] and "test_" not in os.listdir(tmp_path)
-    assert not set(texts["train"].split(b"<|endoftext|>")[:-1]) & {d for d in texts["valid"].split(b"<|endoftext|>") if len(d) > 500}
+    documents = {split: {d for d in text.split(b"<|endoftext|>") if len(d) > 500} for split, text in texts.items()}
+    assert not documents["train"] & documents["valid"]
 
 
 def test_evaluation_starts_are_fixed_spread_and_whole():
@@ -103,7 +104,7 @@ def test_evaluation_starts_are_fixed_spread_and_whole():
     assert train.evaluation_starts(np.zeros(11), 10, 5).tolist() == [0]
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------------------------------------- the loop
 
 def test_evaluate_is_the_mean_over_all_windows():
     """Also where the last batch is smaller, which a mean of batch means would get wrong."""
@@ -111,7 +112,8 @@ def test_evaluate_is_the_mean_over_all_windows():
     data, starts = tokens(), np.arange(0, 70, 10)
     loss = train.evaluate(model, train.plain_loss, data, starts, 5, 3)
     x, y = train.windows_at(data, starts, 5, "cpu")
-    assert loss == pytest.approx(torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).item(), abs=1e-6)
+    whole = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+    assert loss == pytest.approx(whole.item(), abs=1e-6)
 
 
 def test_bits_per_byte_by_hand():
@@ -174,7 +176,8 @@ def test_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path):
     def loss_fn(model, x, y):
         calls.append(1)
         return train.plain_loss(model, x, y) * (math.nan if len(calls) == 7 else 1.0)
-    config = train.TrainConfig(steps=50, batch_size=2, context_length=5, checkpoint_every=3, log_every=10, eval_every=50)
+    config = train.TrainConfig(steps=50, batch_size=2, context_length=5, checkpoint_every=3, log_every=10,
+                               eval_every=50)
     with pytest.raises(train.Stop, match=r"step 7 has loss nan.*last.pt, of step 6.*Likely causes"):
         quiet(*bigram(), tokens(), config, loss_fn=loss_fn, run_dir=tmp_path)
     state = train.read_checkpoint(tmp_path / "last.pt")
@@ -191,11 +194,12 @@ def test_the_record_of_a_run(tmp_path):
     assert any(" | lr 5.0e-03 | gnorm " in line and "tok/s | mem " in line and "eta" in line for line in lines)
     assert any("bits/byte" in line for line in lines)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "lr" in r] == [1, 5, 10] and [r["step"] for r in records if "valid_loss" in r] == [5, 10]
+    assert [r["step"] for r in records if "lr" in r] == [1, 5, 10]
+    assert [(r["step"], r["tokens"]) for r in records if "valid_loss" in r] == [(5, 50), (10, 100)]
     assert records[-1]["bits_per_byte"] == pytest.approx(records[-1]["valid_loss"] / math.log(2) / 2)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# ---------------------------------------------------------------------------------------------------------- checkpoints
 
 def test_checkpoint_round_trip_by_path_and_file(tmp_path):
     model, optimizer = bigram()
@@ -262,7 +266,7 @@ print(train.load_checkpoint("a.pt", model, optimizer))
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-# ------------------------------------------------------------------------------------------- the command, in real processes
+# --------------------------------------------------------------------------------------- the command, in real processes
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
@@ -307,15 +311,16 @@ def whole(corpus, tmp_path_factory):
     done = run(command(corpus, folder, *LONG, "--checkpoint-every", "0"))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.split("RESULT ")[1])
-    assert result["tokens"] == 300 * 4 * 16 and result["bits_per_byte"] > 0 and result == json.loads((folder / "result.json").read_text())
+    assert result["tokens"] == 300 * 4 * 16 and result["bits_per_byte"] > 0
+    assert result == json.loads((folder / "result.json").read_text())
     return folder
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(corpus, whole, tmp_path, how):
     flags = [*LONG, "--checkpoint-every", "10" if how == signal.SIGKILL else "0"]
-    process = subprocess.Popen(command(corpus, tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command(corpus, tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in process.stdout:
         if line.startswith("step 27/"):
             process.send_signal(how)
@@ -343,7 +348,7 @@ def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(corpus, whole, tmp
     assert not same_state(tmp_path / "other.pt", whole / "last.pt")
 
 
-# ------------------------------------------------------------------------------------------------------- several ranks
+# -------------------------------------------------------------------------------------------------------- several ranks
 
 def torchrun(*flags: str) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *flags]
@@ -367,15 +372,14 @@ def workers(launcher: subprocess.Popen) -> list[int]:
 
 @pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp"])
 def test_two_ranks_equal_one(corpus, tmp_path, kind):
-    """The same global batch: float32 sums in another order, a few 1e-7 a step under AdamW, over 12 steps of rate 4e-3."""
+    """The same global batch: float32 sums in another order, a few 1e-7 a step under AdamW, 12 steps of rate 4e-3."""
     flags = ["--steps", "12", "--eval-every", "12", "--log-every", "1"]
     one = run(command(corpus, tmp_path / "one", *flags))
     assert one.returncode == 0, one.stderr
     two = run(torchrun() + command(corpus, tmp_path / "two", *flags, "--parallel", kind)[1:])
     assert two.returncode == 0, two.stderr[-2000:]
     for key, tolerance in (("loss", 1e-5), ("gnorm", 1e-4), ("valid_loss", 1e-5)):
-        values = [[r[key] for r in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines()) if key in r]
-                  for name in ("one", "two")]
+        values = [[loss for _, loss in train.read_curve(tmp_path / name, key)] for name in ("one", "two")]
         assert len(values[0]) == len(values[1]) > 0
         assert max(abs(a - b) for a, b in zip(*values)) < tolerance, (key, values)
     states = [train.read_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
@@ -384,7 +388,7 @@ def test_two_ranks_equal_one(corpus, tmp_path, kind):
         assert (tensor - states[1]["model"][name]).abs().max() < 1e-4
     for i, entry in states[0]["optimizer"]["state"].items():                # the moments are whole, whoever owned them
         assert (entry["exp_avg"] - states[1]["optimizer"]["state"][i]["exp_avg"]).abs().max() < 1e-5
-    back = run(command(corpus, tmp_path / "two", *flags, "--steps", "14", "--resume"))     # two ranks' checkpoint on one
+    back = run(command(corpus, tmp_path / "two", *flags, "--steps", "14", "--resume"))      # two ranks' on one
     assert back.returncode == 0 and "at step 12" in back.stdout, back.stderr
 
 
@@ -421,10 +425,10 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(corpus, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--recompute-hidden", "0"], ["--recompute-hidden", "2"]])
 def test_the_8b_benchmark_on_two_small_ranks(flags):
-    """Its flags, with a model that fits: FSDP, bf16, selective recomputation (in the compiler only on a GPU: minutes)."""
+    """Its flags, with a model that fits: FSDP, bf16, selective recomputation (compiled only on a GPU: minutes)."""
     small = "--vocab-size 300 --context-length 32 --d-model 64 --num-layers 3 --num-heads 2 --d-ff 96".split()
-    timed = run(torchrun(str(ROOT / "train.py"), "--benchmark", "8b", "--device", "cpu", "--attention", "sdpa", "--update",
-                         "foreach", "--no-compile", "--repeats", "2", *small, *flags))
+    timed = run(torchrun(str(ROOT / "train.py"), "--benchmark", "8b", "--device", "cpu", "--attention", "sdpa",
+                         "--update", "foreach", "--no-compile", "--repeats", "2", *small, *flags))
     assert timed.returncode == 0, timed.stderr[-2000:]
     rows = [line for line in timed.stdout.splitlines() if line.startswith("step ")]
     assert "2 x 32 tokens, bf16" in timed.stdout and "parallel fsdp" in timed.stdout and len(rows) == 1, timed.stdout
@@ -454,21 +458,21 @@ def test_recomputation_makes_only_the_hidden_products_again_and_changes_no_gradi
 
 
 def test_bf16_moments_follow_the_gradient_at_the_beta2_of_a_run_and_would_stall_at_0_999():
-    """Gradients of 1, then of 0.5: the second moment has to come down from 1 to 0.25. bf16 has 8 bits: a step that would
-    change v by less than 1/512 of it is rounded away, which at 0.95 is so within 4% of the goal (two roundings: 8%)."""
+    """Gradients of 1, then of 0.5: the second moment has to come down from 1 to 0.25. bf16 has 8 bits: a step that
+    would change v by less than 1/512 of it is rounded away, at 0.95 within 4% of the goal (two roundings: 8%)."""
     import optim
 
     def moment(beta2: float) -> float:
         p = torch.nn.Parameter(torch.ones(5))
         optimizer = optim.AdamW([p], lr=1e-3, betas=(0.9, beta2), state_dtype=torch.bfloat16)
-        for gradient, steps in ((1.0, 8000), (0.5, 8000)):
-            for _ in range(min(steps, int(20 / (1 - beta2)))):
+        for gradient in (1.0, 0.5):
+            for _ in range(min(3000, int(20 / (1 - beta2)))):
                 p.grad = torch.full_like(p, gradient)
                 optimizer.step()
         assert optimizer.state[p]["exp_avg_sq"].dtype == torch.bfloat16
         return optimizer.state[p]["exp_avg_sq"][0].item()
     assert moment(train.TrainConfig().beta2) == pytest.approx(0.25, rel=0.08)
-    assert moment(0.999) > 0.5 or moment(0.999) < 0.125
+    assert abs(moment(0.999) - 0.25) > 0.1
 
 
 class CountProducts(TorchDispatchMode):
@@ -506,12 +510,13 @@ def test_generate_export_compare_explain_and_benchmark(corpus, tmp_path):
     said = run(command(corpus, tmp_path / "run", "generate", "--prompt", "import "))
     assert said.returncode == 0 and said.stdout.startswith("import "), said.stderr
     made = run(command(corpus, tmp_path / "run", "export", str(tmp_path / "hf")))
-    assert made.returncode == 0 and {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(tmp_path / "hf")), made.stderr
+    assert made.returncode == 0, made.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(tmp_path / "hf"))
     table = run([sys.executable, str(ROOT / "train.py"), "compare", str(tmp_path / "run"), str(tmp_path / "run")])
     assert table.returncode == 0 and table.stdout.count("\nrun ") == 2, table.stderr
     told = run([sys.executable, str(ROOT / "train.py"), "--explain"])
     assert told.returncode == 0 and "ln 4096 = 8.32" in told.stdout, told.stderr
-    timed = run(command(corpus, tmp_path / "run", "--benchmark", "small", "--d-model", "32", "--num-heads", "2", "--num-layers", "1",
-                        "--warmup", "1", "--repeats", "2"))
+    timed = run(command(corpus, tmp_path / "run", "--benchmark", "small", "--d-model", "32", "--num-heads", "2",
+                        "--num-layers", "1", "--warmup", "1", "--repeats", "2"))
     rows = [line.split()[0] for line in timed.stdout.splitlines()[2:]]
     assert rows == ["forward", "forward+backward", "step"], timed.stdout + timed.stderr
