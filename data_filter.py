@@ -819,7 +819,7 @@ def write_sample(out: str, seed: int = 0) -> None:
         near = rng.sample(prose, 8) if i % 4 == 0 else near
         copy = page(*near, f"This copy was made on day number {i} of the year.")
         planted[f"duplicate/{i}"] = "kept", copy, {"group": i // 4}
-    has, head = {"has": "café of the naïve señor"}, "Content-Type: text/html"
+    near, has, head = rng.sample(prose, 8), {"has": "café of the naïve señor"}, "Content-Type: text/html"
     cafe = page(*near, "The café of the naïve señor opens at eight, which is “early” for this part of the town.")
     hostile = cafe.replace(b"<p>", b"<div <p title='>' <<b><p id=\"a > b\">").replace(b"</p>", b"<!-- > --></p></i>")
     packed, masked = gzip.compress(cafe, mtime=0), {"masked": {"emails": 1, "phones": 1, "ips": 1}}
