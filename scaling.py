@@ -16,8 +16,6 @@ Run:        python scaling.py                          the fits on made-up runs,
             will reach 2.3152. Training it. Reached 2.2872, predicted 2.3152: +1.22%, bar 3%: OK
             python scaling.py serve &                  then ask it with the course's client, `sweep`, curl or `query`:
             scaling.py query d_model=512 num_layers=8 num_heads=8 batch_size=128 train_flops=1e15 learning_rate=1e-3
-            {"loss": 7.967986424824178, "total_flops_used": 1000000000000000.0, "parameters": 25198592,
-             "tokens": 6614126, "backend": "law"}
 """
 from __future__ import annotations
 
@@ -43,26 +41,23 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import numpy as np
 
 # Dims: N parameters, D tokens, C = 6 N D FLOPs, n runs, S starts of a fit, d model width, L layers, V vocabulary
+
 # ---------------------------------------------------------------------------------------------------------- 1. the fits
-
-
 def columns(minimum: int, **named) -> list[np.ndarray]:
     """The named sequences as float64 (n,). Raises: ValueError unless equally long, positive, finite, n >= minimum."""
     arrays = [np.asarray(values, dtype=np.float64).ravel() for values in named.values()]
-    if len({len(array) for array in arrays}) > 1 or len(arrays[0]) < minimum:
+    if len(set(map(len, arrays))) > 1 or len(arrays[0]) < minimum:
         raise ValueError(f"{', '.join(named)} need one value a run, at least {minimum} runs; got {[*map(len, arrays)]}")
     for name, array in zip(named, arrays):
         if len(bad := array[~(np.isfinite(array) & (array > 0))]):
             raise ValueError(f"{name} must be positive and finite, a logarithm is taken; got {bad[0]}, drop that run")
     return arrays
 
-
 class PowerLaw(namedtuple("PowerLaw", "coefficient exponent r2 coefficient_error exponent_error")):
     """y = coefficient * x ** exponent, R2 of log y, and one standard error of each (to first order; NaN from two x)."""
 
     def __call__(self, x):
         return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
-
 
 def fit_power_law(x, y) -> PowerLaw:
     """Least squares on log y = log coefficient + exponent * log x, where every decade counts the same.
@@ -81,18 +76,15 @@ def fit_power_law(x, y) -> PowerLaw:
     r2 = 1 - residual / (dv @ dv) if dv @ dv > 1e-24 else 1.0
     return PowerLaw(*map(float, (coefficient, exponent, r2, coefficient * error * np.sqrt((u * u).mean()), error)))
 
-
 Optima = namedtuple("Optima", "C N D loss")                              # arrays, of a value per budget
-
 
 def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     """The best size N of every budget C, ascending, with D = C / 6N and the loss there (Chinchilla, approach 2).
 
     Args: N parameters, C FLOPs (a budget: equal to six digits), loss nats, one of each per run. method: "min" takes the
           run with the lowest loss; "parabola" the vertex of a quadratic in log N, from three or more sizes a budget.
-    Warns: a vertex outside the sampled sizes; a curve that opens downward, where "min" stands in.
+    Warns of a vertex outside the sampled sizes, and of a curve that opens downward, where "min" stands in.
     Raises: ValueError on another method, too few sizes, or values that are not positive and finite.
-    Example: N=[1, 2, 4], C=[6, 6, 6], loss=[2, 1, 2] -> N [2], D [0.5]
     """
     if method not in ("min", "parabola"):
         raise ValueError(f'method must be "min" or "parabola", got {method!r}')
@@ -115,7 +107,6 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
         rows.append((budget, np.exp(best), budget / 6 / np.exp(best), best_loss))
     return Optima(*np.array(rows).T)
 
-
 class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective intervals", defaults=(0.0, {}))):
     """L(N, D) = E + A / N**alpha + B / D**beta, nats a token; the mean Huber loss reached; 95% intervals by name."""
 
@@ -128,9 +119,7 @@ class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective inte
         N = G * (np.asarray(C, float) / 6) ** (self.beta / (self.alpha + self.beta))
         return N, np.asarray(C, float) / (6 * N)
 
-
 CHINCHILLA = ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28)               # equation 10
-
 
 def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg-Marquardt on the Huber loss of log L, from S starts at once.
@@ -165,7 +154,6 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
             break
     return theta, value
 
-
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed: int = 0) -> ParametricLaw:
     """The five constants of L = E + A/N^alpha + B/D^beta, by Huber loss on log L (Chinchilla, approach 3 and D.3).
 
@@ -189,9 +177,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed:
         intervals = dict(zip(ParametricLaw._fields, map(tuple, ends)))
     return ParametricLaw(*constants(best[None])[0].tolist(), float(value.min()), intervals)
 
-
 # --------------------------------------------------------------------------------------- 2. the approaches side by side
-
 def compare(N, C, loss, picture: Path | None = None) -> tuple[Optima, ParametricLaw]:
     """Prints, and draws, the three approaches on the same runs (n,). Returns: the parabolas' vertices, the law."""
     N, C, loss = columns(5, N=N, C=C, loss=loss)
@@ -215,7 +201,6 @@ def compare(N, C, loss, picture: Path | None = None) -> tuple[Optima, Parametric
         draw(N, C, loss, best, law, picture)
     return best, law
 
-
 def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> None:
     """A PNG: the runs of each budget, the parametric fit through them and the vertices; N_opt and D_opt against C."""
     try:
@@ -227,21 +212,19 @@ def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> None:
         n = np.sort(N[same := np.isclose(C, budget, 1e-5)])
         left.semilogx(N[same], loss[same], f"C{i}o", n, law(n, budget / (6 * n)), f"C{i}-")
     left.semilogx(best.N, best.loss, "k*")
-    for color, name, vertices, line in zip(("C0", "C1"), "ND", (best.N, best.D), law.optimal(best.C)):
-        right.loglog(best.C, vertices, color + "o", best.C, line, color, label=f"{name}_opt")
+    for color, vertices, line in zip(("C0", "C1"), (best.N, best.D), law.optimal(best.C)):
+        right.loglog(best.C, vertices, color + "o", best.C, line, color)
     left.set(xlabel="N", ylabel="loss (nats a token)")
     right.set(xlabel="C (FLOPs)", ylabel="N_opt (blue), D_opt (orange)")
     figure.savefig(part := path.with_suffix(".part"), format="png", dpi=130)
     os.replace(part, path)
     print(f"picture: {path}")
 
-
 def chinchilla_runs(seed: int = 0, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N, C, loss (35,) of 5 budgets x 7 sizes from one ladder of models: CHINCHILLA times exp(noise * normal)."""
     C = np.repeat([1e17, 3e17, 1e18, 3e18, 1e19], 7)
     N = 1e6 * 2.5 ** (np.tile(np.arange(7), 5) + np.repeat([0, 1, 1, 2, 3], 7))
     return N, C, CHINCHILLA(N, C / (6 * N)) * np.exp(noise * np.random.default_rng(seed).standard_normal(35))
-
 
 def walk_through(seed: int = 0) -> None:
     """The three approaches on runs made from a known law, two ways to go wrong, and the self-check."""
@@ -259,12 +242,9 @@ def walk_through(seed: int = 0) -> None:
         print(f"  {np.mean(a):.3f} +- {np.std(a):.3f}  {name}")
     print("\n" + self_check())
 
-
 # --------------------------------------------------------------------------------------------- 3. what may be asked for
-
 class Refused(Exception):
     """A request that is answered with an error; args: the HTTP status, and one line that says why."""
-
 
 QUERY = {"d_model": 64, "num_layers": 2, "num_heads": 2, "batch_size": 128, "learning_rate": 1e-3,
          "train_flops": 10 ** 13}
@@ -275,30 +255,27 @@ HOME = {"d_model": (8, 1024), "num_layers": (1, 24), "num_heads": (1, 16), "batc
         "learning_rate": (1e-5, 0.2), "train_flops": (10 ** 9, 10 ** 18)}                      # what a laptop can train
 RANGES = {"course": COURSE, "home": HOME}
 
-
 def like(value, example, name: str):
     """The value in the types of the example: the same keys, as many numbers. Raises: Refused 422.
 
     Numbers are finite and at least 0, fractions at most 1; whole numbers at least 1, but for the seed.
     """
-    kind, fraction = type(example), name.endswith("_frac") or name in ("betas", "momentum", "weight_decay")
-    if kind is dict is type(value) and (wrong := sorted(example.keys() ^ value.keys())):
-        raise Refused(422, f"{name} must have {', '.join(example)}; unknown or missing: {', '.join(wrong)[:200]}")
-    if kind is dict is type(value):
+    kind, share = type(example), name.endswith("_frac") or name in ("betas", "momentum", "weight_decay")
+    high = 1 if share else 10 ** 20
+    low = {"model_seed": 0, "grad_clip_norm": 1e-6, "max_runtime_seconds": 1e-6}.get(name, int(kind is int))
+    if kind is type(value) is dict:
+        if wrong := sorted(example.keys() ^ value.keys()):
+            raise Refused(422, f"{name} must have {', '.join(example)}; unknown or missing: {', '.join(wrong)[:200]}")
         return {key: like(value[key], inner, key) for key, inner in example.items()}
-    if kind is list is type(value) and len(value) == len(example):
+    if kind is type(value) is list and len(value) == len(example):
         return [like(*pair, name) for pair in zip(value, example)]
-    if kind in (bool, str) and type(value) is kind or value is None and name == "grad_clip_norm" or example is ...:
+    if example is ... or kind is type(value) in (bool, str) or value is None and name == "grad_clip_norm":
         return value
-    low, high = int(kind is int and name != "model_seed"), 1 if fraction else 10 ** 20
-    if name in ("grad_clip_norm", "max_runtime_seconds"):
-        low = 1e-6
     if kind in (int, float) and type(value) in (int, float) and low <= value <= high and value == kind(value):
         return kind(value)                                               # neither NaN nor true gets here
-    wanted = {dict: "an object", list: "a list of 2 numbers", bool: "true or false", str: "a word"}
-    raise Refused(422, f"{name} must be " + wanted.get(kind, f"a {'whole ' if kind is int else ''}number from {low} to "
-                                                       f"{high}") + f", got {repr(value)[:60]}")
-
+    wanted = {dict: "an object", list: "a list of 2 numbers", bool: "true or false", str: "a word",
+              int: f"a whole number from {low} to {high}", float: f"a number from {low} to {high}"}[kind]
+    raise Refused(422, f"{name} must be {wanted}, got {repr(value)[:60]}")
 
 def check_query(given: dict, ranges: dict) -> dict:
     """The numbers of a 2025 query. Raises: Refused 422 for what is no number, 404 for one that is out of range."""
@@ -307,21 +284,19 @@ def check_query(given: dict, ranges: dict) -> dict:
     except (ValueError, RecursionError):
         raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
     for name, limit in ranges.items():
-        if isinstance(limit, set) and query[name] not in limit:
-            raise Refused(404, f"{name} must be one of {', '.join(map(str, sorted(limit)))}, got {query[name]}")
-        if isinstance(limit, tuple) and not limit[0] <= query[name] <= limit[1]:
-            raise Refused(404, f"{name} must be in range [{limit[0]}, {limit[1]}], got {query[name]}")
+        low, high = min(limit), max(limit)
+        if query[name] not in limit if isinstance(limit, set) else not low <= query[name] <= high:
+            allowed = f"one of {str(sorted(limit))[1:-1]}" if isinstance(limit, set) else f"in range [{low}, {high}]"
+            raise Refused(404, f"{name} must be {allowed}, got {query[name]}")
     return query
-
 
 def check_training(config) -> dict:
     """A complete 2026 training config; its optimizer is SGD if it has momentum, else AdamW. Raises: Refused 422."""
     example = LawBackend().translate(QUERY, 0)
     given = config.get("optimizer_config") if isinstance(config, dict) else None
     if isinstance(given, dict) and "momentum" in given:
-        both = ("lr_scheduler", "weight_decay", "grad_clip_norm")
-        sgd = {name: example["optimizer_config"][name] for name in both} | {"momentum": 0.9, "nesterov": False}
-        example["optimizer_config"] = sgd
+        sgd = {"momentum": 0.9, "nesterov": False} | example["optimizer_config"]
+        example["optimizer_config"] = {name: sgd[name] for name in sgd if name not in ("betas", "eps", "eps_root")}
     shape = (config := like(config, example, "the training config"))["architecture_config"]
     if shape["head_dim"] % 2 or shape["num_attention_heads"] % shape["num_key_value_heads"]:
         raise Refused(422, "head_dim must be even, and num_attention_heads a multiple of num_key_value_heads")
@@ -329,9 +304,7 @@ def check_training(config) -> dict:
         raise Refused(422, f"dtype must be float32 or bfloat16, got {shape['dtype'][:60]!r}")
     return config
 
-
 # -------------------------------------------------------------------------------------------------- 4. the two backends
-
 class LawBackend:
     """Answers at once, for practising: min(CHINCHILLA(N, D), ln V) * (1 + penalties) * noise, with N = 12 L d^2.
 
@@ -372,7 +345,6 @@ class LawBackend:
         factor = (1 + 0.02 * off_rate ** 2 + 0.004 * off_shape ** 2) * math.exp(noise)
         return (np.minimum(curve, math.log(shape["vocab_size"])) * factor).tolist(), seconds
 
-
 class TrainBackend(LawBackend):
     """Trains each run in a process of its own, which can be killed, and which ends soon after the server does."""
     name, head = "train", 1
@@ -406,12 +378,10 @@ class TrainBackend(LawBackend):
             raise ValueError(reason or f"passed max_runtime_seconds {limit:g}")
         return losses, time.perf_counter() - began
 
-
 def train_once(config: dict, tokens: str, context_length: int, compiled: bool, pipe) -> None:
     """In a process of its own, on one thread: trains model.py by train.py's steps, as the config says.
 
-    Sends (losses so far, whether it ended, why it failed). Validation is on the same 512 windows for every run, n_evals
-    times, evenly spread, the last one at the end.
+    Sends (losses so far, whether it ended, why it failed). Validation: n_evals times, on the same 512 windows always.
     """
     losses = []
     try:
@@ -437,8 +407,8 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
         if "momentum" in given:
             optimizer = torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
         else:
-            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"],
-                                    fused="triton" if device == "cuda" else "foreach")
+            fused = "triton" if device == "cuda" else "foreach"
+            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"], fused=fused)
         if root := given.get("eps_root"):                                # is added to v below, so v must be there
             for p in model.parameters():
                 optimizer.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
@@ -446,9 +416,9 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
                                 clip_norm=given["grad_clip_norm"] or math.inf,
                                 precision="autocast" if shape["dtype"] == "bfloat16" else "fp32")
         loss_fn = torch.compile(train.plain_loss) if compiled else train.plain_loss
-        ids = {split: train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
-               for split in ("train", "valid")}
-        windows = train.evaluation_starts(ids["valid"], context_length, 512)
+        train_ids, valid_ids = (train.open_tokens(Path(tokens) / name, context_length, shape["vocab_size"])
+                                for name in ("train.npy", "valid.npy"))
+        windows = train.evaluation_starts(valid_ids, context_length, 512)
         generator = torch.Generator().manual_seed(config["model_seed"])
         steps = max(1, round(config["total_train_tokens"] / how.batch_size / context_length))
         warmup = round(rates["warmup_frac"] * steps)
@@ -458,10 +428,10 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
                 group["lr"] = init + (peak - init) * (step + 1) / warmup if step < warmup else rate
             for state in optimizer.state.values() if root else ():       # v is then the average of gradient^2 + root
                 state["exp_avg_sq"] += root * (1 / given["betas"][1] - 1)
-            batch = train.get_batch(ids["train"], how.batch_size, context_length, device, generator)
+            batch = train.get_batch(train_ids, how.batch_size, context_length, device, generator)
             loss, _ = train.training_step(model, optimizer, [batch], loss_fn, torch.nn.utils.clip_grad_norm_, how)
             if due := (step + 1) * evals // steps > step * evals // steps:
-                losses.append(train.evaluate(model, train.plain_loss, ids["valid"], windows, context_length,
+                losses.append(train.evaluate(model, train.plain_loss, valid_ids, windows, context_length,
                                              config["val_batch_size"], how.precision))
             if due or step % 50 == 0:
                 if not all(map(math.isfinite, [*losses, loss.item()])):
@@ -472,24 +442,21 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
     except Exception as error:
         pipe.send((losses, True, str(error) or repr(error)))
 
-
 # ------------------------------------------------------------------------------------------------- 5. the HTTP server
-
 class Server(ThreadingHTTPServer):
     """Both protocols at one address, over every run ever accepted; it answers from the moment it is made.
 
-    A run is a dict of protocol (2025, 2026), key, backend, config, asked, cost and status, and is in the sqlite file
-    before it is answered: the server can be killed at any time, and what was left undone starts again with the next.
-    Each protocol has its budget, in FLOPs or seconds, for every API key. A 2026 run costs its max_runtime_seconds until
-    it has ended, then its seconds. A failed 2025 run costs nothing and may be asked again. Port 0 takes a free one.
+    A run is a dict, and in the sqlite file before it is answered: the server can be killed at any time, and what was
+    left undone starts again with the next. Each protocol, 2025 and 2026, has its budget, in FLOPs or seconds, for every
+    API key. A 2026 run costs its max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs
+    nothing and may be asked again. Port 0 takes a free one.
     """
     request_queue_size = 128
 
     def __init__(self, path, backend, *, keys=("local",), ranges=COURSE, seed: int = 0, port: int = 0, workers: int = 1,
                  flops: float = 2e18, seconds: float = 43200.0):
-        self.backend, self.keys, self.ranges, self.seed = backend, keys, ranges, seed
+        self.backend, self.keys, self.ranges, self.seed, self.lock = backend, keys, ranges, seed, threading.RLock()
         self.budgets, self.pool = {2025: flops, 2026: seconds}, ThreadPoolExecutor(workers)
-        self.lock = threading.RLock()
         try:
             self.db = sqlite3.connect(path, check_same_thread=False, timeout=0.5)
             self.db.executescript("PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; "
@@ -497,8 +464,8 @@ class Server(ThreadingHTTPServer):
             rows = self.db.execute("SELECT id, record FROM records ORDER BY rowid").fetchall()
             super().__init__(("127.0.0.1", port), Handler)
         except (sqlite3.Error, OSError, OverflowError) as error:
-            raise ValueError(f"cannot use {path} and port {port} ({error}); stop the other server, or give another "
-                             "--out or --port") from None
+            raise ValueError(f"cannot use {path}, port {port} ({error}); stop the other server, or change --out, --port"
+                             ) from None
         self.records = {run: json.loads(record) for run, record in rows}
         self.ended = {run: self.pool.submit(self.work, run) for run, record in list(self.records.items())
                       if record["backend"] == backend.name and record["status"]["status"] in ("queued", "running")}
@@ -556,15 +523,12 @@ class Server(ThreadingHTTPServer):
              val_losses=losses, completed_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def handle_error(self, request, client_address) -> None:
-        """One line for an error of ours; none for a caller who hung up."""
-        if not isinstance(error := sys.exc_info()[1], OSError):
+        if not isinstance(error := sys.exc_info()[1], OSError):          # a caller who hangs up is no news
             print(f"scaling.py: {error!r}", file=sys.stderr)
-
 
 QUERIES = "loss", "total_flops_used", "previous_runs"                    # the 2025 protocol
 VERBS = dict.fromkeys((*QUERIES, "budget", "experiments", "experiment"), "GET") | {
     "submit": "POST", "final_submission": "GET or POST"}
-
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one request in JSON and hangs up; a Refused becomes its status and a message."""
@@ -630,10 +594,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             return self.respond(name, key, rest[0] if rest else query)
         length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length.isdecimal() or len(length) > 15:
-            raise Refused(411, "the body must tell its Content-Length")
-        if int(length) > 1 << 20:
-            raise Refused(413, f"the body must be of 1 MiB at most, got {length} bytes")
+        if "Transfer-Encoding" in self.headers or not length.isdecimal() or len(length) > 7 or int(length) > 1 << 20:
+            raise Refused(413, "the body must tell its Content-Length, of 1 MiB at most")
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
@@ -641,7 +603,6 @@ class Handler(BaseHTTPRequestHandler):
         return self.respond(name, key, body)
 
     def do_GET(self) -> None:
-        """Any request that could be parsed."""
         try:
             self.reply(200, self.route())
         except Refused as refused:
@@ -650,8 +611,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
     def send_error(self, code, message=None, explain=None) -> None:
-        """What http.server itself refuses, in JSON as well."""
-        self.request_version = "HTTP/1.0"                                # else a broken request line gets no headers
+        self.request_version = "HTTP/1.0"                                # even if it could not be read
         self.reply(code, {"message": message or self.responses[code][0]})
 
     def reply(self, status: int, body) -> None:
@@ -668,9 +628,7 @@ class Handler(BaseHTTPRequestHandler):
 
     log_message = lambda self, *args: None
 
-
 # ------------------------------------------------------------------------------------- 6. the client, and the main job
-
 def ask(url: str, path: str, **query):
     """One GET of the 2025 protocol, which lasts as long as the run. Raises: Refused, in the server's words."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))          # a proxy has its own 127.0.0.1
@@ -681,7 +639,6 @@ def ask(url: str, path: str, **query):
         raise Refused(error.code, f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}") from None
     except (OSError, ValueError) as error:
         raise Refused(503, f"no server at {url} ({error}); start one with: python scaling.py serve") from None
-
 
 def plan(args, budgets: list[float], widths: list[int], at_a_budget: int = 5) -> list[dict]:
     """The queries of a sweep, the largest first: for each budget five of the widths, moving up with the budget.
@@ -695,12 +652,11 @@ def plan(args, budgets: list[float], widths: list[int], at_a_budget: int = 5) ->
             queries.append(dict(zip(QUERY, (d, args.layers, max(2, d // 64), args.batch_size, rate, int(budget)))))
     return queries[::-1]
 
-
 def sweep(args, url: str, out: Path) -> None:
     """Asks for every run of the plan, and writes the answers to `out` as JSON lines.
 
-    The server remembers: asked again after an interruption, only what is missing is trained and charged.
-    Raises: ValueError, before anything is spent, when what is missing costs more than is left of the budget.
+    The server remembers: after an interruption only what is missing is trained and charged.
+    Raises: ValueError, before anything is spent, when that costs more than is left of the budget.
     """
     queries, key, began = plan(args, args.budgets, args.widths), args.api_key[0], time.perf_counter()
     known = ask(url, "previous_runs", api_key=key)["previous_runs"]
@@ -725,7 +681,6 @@ def sweep(args, url: str, out: Path) -> None:
         finally:
             pool.shutdown(cancel_futures=True)                           # after an error, ask for nothing more
 
-
 def load_runs(path: Path) -> list[np.ndarray]:
     """N, C, loss (n,) from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell."""
     try:
@@ -734,7 +689,6 @@ def load_runs(path: Path) -> list[np.ndarray]:
         return columns(5, N=N, C=[run["train_flops"] for run in runs], loss=[run["loss"] for run in runs])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold the runs of a sweep ({error!r}); sweep again") from None
-
 
 def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
     """The server that the command line asks for, already answering."""
@@ -753,7 +707,6 @@ def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
                     workers=args.workers, flops=args.flop_budget, seconds=args.second_budget)
     print(f"{server.url} answers, backend {backend.name}, keys {args.api_key}; Ctrl-C stops it", flush=True)
     return server
-
 
 def run(args) -> int:
     """The main job: sweep, fit, predict 8 times the largest budget, train that. Returns: 0 when --within the bar."""
@@ -775,9 +728,7 @@ def run(args) -> int:
                                 "reached": round(reached, 4), "error": round(error, 4), "seconds": round(seconds)}))
     return 0 if abs(error) <= args.within else 1
 
-
 # --------------------------------------------------------------------------------------- 7. check, bench, command line
-
 def self_check() -> str:
     """The parametric fit of exact data, and a round trip over HTTP. Raises: AssertionError. Returns: a summary."""
     N, C, loss = chinchilla_runs()
@@ -787,7 +738,6 @@ def self_check() -> str:
     first, again = (ask(server.url, "loss", **QUERY, api_key="local") for _ in range(2))
     assert first == again and again["total_flops_used"] == QUERY["train_flops"], "a repeated query was charged"
     return f"five constants recovered to {worst:.0e}, a repeated query is free  OK"
-
 
 def bench(repeats: int = 7) -> None:
     """Median milliseconds of the parametric fit and of a request."""
@@ -799,7 +749,6 @@ def bench(repeats: int = 7) -> None:
                     ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"d_model": 65 + next(widths)}))):
         times = [1e3 * seconds for seconds in timeit.repeat(f, number=1, repeat=repeats + 1)[1:]]        # one warms up
         print(f"{name:40s}{np.median(times):9.2f} ms  (min {min(times):.2f}, max {max(times):.2f})")
-
 
 def main() -> int:
     """The command line. Returns: the exit status."""
@@ -839,7 +788,6 @@ def main() -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-
 
 if __name__ == "__main__":
     status = main()

@@ -358,8 +358,8 @@ def test_hostile_requests_get_a_4xx(serve):
             (b"GET /total_flops_used?a=1&a=2&api_key=local HTTP/1.1\r\n\r\n", 422),
             (b"GET http://[ HTTP/1.1\r\n\r\n", 422), (b"GET /loss?" + b"a=1&" * 99 + b" HTTP/1.1\r\n\r\n", 422),
             (b"GET /%00 HTTP/1.1\r\n\r\n", 404), (b"GET /../../etc/passwd HTTP/1.1\r\n\r\n", 404),
-            (mine + b"Content-Length: -1\r\n\r\n", 411), (mine + b"\r\n", 411),
-            (mine + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+            (mine + b"Content-Length: -1\r\n\r\n", 413), (mine + b"\r\n", 413),
+            (mine + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
             (b"POST /submit HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 401),
             (b"POST /loss HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
             (b"PUT /submit HTTP/1.1\r\n\r\n", 405), (b"nonsense\r\n\r\n", 400)):
