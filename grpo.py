@@ -12,8 +12,6 @@ Run:        python grpo.py     trains the embedded model; --model FOLDER --data 
             python grpo.py --explain
             truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import functools
@@ -25,7 +23,6 @@ import random
 import re
 import sys
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
@@ -37,11 +34,9 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 # Dims: N rollouts of a batch, G group size, B sequences of a micro-batch, T label positions
-
 # ---------------------------------------------------------------- rewards that can be verified
 # The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing
 # longer than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
-
 MAX_ANSWER, REWARDS = 256, ("reward", "format_reward", "answer_reward")
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
 UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm".split())
@@ -61,8 +56,7 @@ NUMBER = re.compile(rf"(?P<sign>[+-]?) ?(?:(?P<whole>\d+) (?P<mixed>\d+)/(?P<ove
 
 def balanced_box(text: str) -> str | None:
     r"""What stands in the last `\boxed{...}` of the text, braces matched; None if there is none or it never closes."""
-    _, found, rest = text.rpartition(r"\boxed{")
-    depth = 1
+    (_, found, rest), depth = text.rpartition(r"\boxed{"), 1
     for position, character in enumerate(rest[:4 * MAX_ANSWER] if found else ""):
         depth += (character == "{") - (character == "}")
         if depth == 0:
@@ -118,8 +112,7 @@ def split_list(text: str) -> tuple[str, list[str], str] | None:
 
 def same_answer(given: str, truth: str, depth: int = 0) -> bool:
     """Whether two normalized answers mean the same. See `grade`."""
-    a, b = parse_number(given), parse_number(truth)
-    if a and b:
+    if (a := parse_number(given)) and (b := parse_number(truth)):
         (x, unit_x), (y, unit_y) = a, b
         if "%" in (unit_x, unit_y):                        # 50% is 0.5, and also "50" where percent were asked for
             return x == y or x / (100 if unit_x == "%" else 1) == y / (100 if unit_y == "%" else 1)
@@ -423,8 +416,7 @@ class GRPOConfig:
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if not self.temperature > 0 or (self.importance_cap and self.temperature != 1):
-            raise ValueError(f"temperature {self.temperature} is not above 0, or importance_cap is given, which needs "
-                             "temperature 1: engines report log-probabilities before temperature")
+            raise ValueError("temperature must be above 0, and 1 with importance_cap: engines' log-probs are before it")
         clip_range((self.cliprange, self.cliprange_high or self.cliprange))
 
 def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -498,7 +490,6 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         first, history = load_checkpoint(state, model, optimizer), state["history"]
         log(f"resumed from {last} at step {first}")
     started = time.perf_counter()
-
     def record(line: dict) -> None:
         history.append(line)
         shown = [f"{key.replace('_', ' ')} {x:.0f}" if x >= 1000 else f"{key.replace('_', ' ')} {x:.4g}"
@@ -551,8 +542,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 "train_tflop/s": sums["trained"] * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
         if not math.isfinite(line["loss"]):
-            raise ValueError(f"step {step + 1} has loss {line['loss']}; the last good state is {last}. "
-                             "Lower the learning rate, or clip the gradient")
+            raise ValueError(f"step {step + 1} has loss {line['loss']}. Lower the learning rate; last state: {last}")
         due, every = step + 1 == config.steps, config.checkpoint_every
         record(line | (evaluate() if due or (step + 1) % config.eval_every == 0 else {}))
         if last and every and (due or (step + 1) % every == 0):
@@ -592,13 +582,13 @@ def bench(seconds: float = 1.0) -> None:
     """Median milliseconds to grade an answer, and 1 MB of text made to be slow."""
     for name, text in [("an answer", r"</think> <answer> $\frac{3}{4}$ cm </answer>"),
                        ("1 MB of boxes", r"\boxed{" * 150_000), ("1 MB of digits", r"\boxed{" + "9" * 10**6 + "}")]:
-        time = Timer("r1_zero_reward(text, '3/4'), question_only_reward(text, '3/4')", globals=globals() | locals())
-        time = time.blocked_autorange(min_run_time=seconds)
+        both = Timer("r1_zero_reward(text, '1'), question_only_reward(text, '1')", globals=globals() | locals())
+        time = both.blocked_autorange(min_run_time=seconds)
         print(f"{name:16s} {time.median * 1e3:8.3f} ms (iqr {time.iqr * 1e3:.3f})")
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
-    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7s}".format
+    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7}".format
     print(form("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
@@ -608,25 +598,22 @@ def table(run_dirs: list[str]) -> None:
             values = [x[key] for x in lines if key in x]
             shown.append(f"{values[0]:{digits}} -> {values[-1]:{digits}}" if values else "")
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
-        seconds = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(form(folder[-28:], *shown[:2], curve, *shown[2:], f"{seconds:.0f}"))
+        spent = sum(x["rollout_s"] + x["train_s"] for x in steps)
+        print(form(folder[-28:], *shown[:2], curve, *shown[2:], round(spent)))
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)       # the defaults without --model
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: trains, or prints tables, timings or the walk-through; returns the exit code."""
-    cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="Hugging Face folder (default: the embedded SFT model of this seed, made if missing)")
     add("--data", help="problems as JSON lines (default: the embedded ones)")
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
-    add("--engine", default="vllm" if cuda and importlib.util.find_spec("vllm") else "torch", choices=["torch", "vllm"],
-        help="default: vllm where there is a GPU and it is installed, or else torch; printed at the start")
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"],
-        help="coin: by a hash of the answer, to time steps of a model that knows nothing")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help="coin: chance, for timing")
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
+    default = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
+    add("--engine", default=default, choices=["torch", "vllm"], help="default: vllm if there is one and a GPU")
     add("--device", default=devices[0], choices=devices, help="of training; cuda:1 leaves the first GPU to vLLM")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
     add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
@@ -637,7 +624,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--bench", action="store_true", help="time the grader")
     add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
     for field in fields(GRPOConfig):
-        how = {"action": argparse.BooleanOptionalAction} if field.type == "bool" else {"type": type(field.default)}
+        how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": type(field.default)}
         add("--" + field.name.replace("_", "-"), help=f"default {field.default}", **how)
     args = parser.parse_args(argv)
     try:
@@ -677,7 +664,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     end = sft.end_of_text_id(tokenizer)
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
-                 "coin": lambda response, truth: graded("1", zlib.crc32(response.encode()) % 2)}[args.reward]
+                 "coin": lambda response, truth: graded("1", response.count("e") % 2)}[args.reward]
     engine = open_engine(args.engine, model, tokenizer, source, end, args.dtype)
     head = torch.compile(sft.head_log_probs, dynamic=True, disable=not args.compile)
     for block in model.layers if args.compile else ():                # one block's code serves them all

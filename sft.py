@@ -15,8 +15,6 @@ Run:        python sft.py --explain
             chunked = plain to 0.0e+00  OK
             python sft.py     the embedded task (--model, --data: a real one); sft.py instruct, sft.py dpo, sft.py eval
 """
-from __future__ import annotations
-
 import argparse
 import copy
 import csv
@@ -41,7 +39,6 @@ from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
 # Dims: B sequences, T label positions (one fewer than tokens), D model width, V vocabulary
-
 # ---------------------------------------------------------------- our tokenizer and model, and Hugging Face's
 def encode(tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of `text`. Hugging Face's tokenizers add a BOS token unless told otherwise; ours never do."""
@@ -103,7 +100,6 @@ def compute_entropy(logits: Tensor) -> Tensor:
 def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
                            return_token_entropy: bool = False) -> dict[str, Tensor]:
     """log p(label | what came before) at every position; input_ids and labels are (B, T), as `collate` makes them.
-
     Returns: log_probs (B, T) in nats, prompt and padding included; if asked for, token_entropy (B, T), no gradient.
     """
     output = model(input_ids)                                 # a tensor, or transformers' object that holds it
@@ -146,7 +142,6 @@ def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, norma
 def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float,
                               normalize_constant: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the responses, and its backward pass. policy_log_probs, response_mask: (B, T).
-
     loss = mean over the B examples of [-sum over the response / normalize_constant] / gradient_accumulation_steps
     Returns: (loss as above, detached scalar; metadata). An example with an empty response adds 0 and still counts in B.
     """
@@ -185,7 +180,6 @@ class PackedDataset(torch.utils.data.Dataset):
     shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
     dropped. The instruction's tokens are learned too: what packing trades for its speed.
     """
-
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
         examples, ids = read_json_lines(dataset_path, "prompt", "response"), []
         if shuffle:
@@ -314,7 +308,6 @@ def arithmetic_problems(count: int, seed: int, held_out: bool = False) -> list[d
 def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_000, demonstrations: int = 2048,
                      quick: float = 0.6) -> None:
     """The task as files that the commands here read like any other data:
-
     base.txt        documents to pre-train on: questions with their work (4 of 5) or the answer alone, and other_text
     sft.jsonl       {"prompt", "response", "answer"}: the think/answer format. The share `quick` of the demonstrations
                     does not think but names the answer at once, which a small model seldom gets right. SFT imitates
@@ -328,10 +321,8 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
                  f"Answer: {p['answer']}" for p in problems]
     documents += [other_text[i:i + 500] for i in range(0, len(other_text), 500)]
     rng.shuffle(documents)
-
     def task(p: dict) -> dict:
         return {"prompt": f"User: {p['question']}\nAssistant: <think>", "answer": p["answer"]}
-
     def pair(p: dict) -> dict:
         return dict(zip(PAIR, (p["question"], f"{p['work']}. So {p['answer']}.", f"{p['answer']}.")))
     shown = [(p, "I know this." if rng.random() < quick else p["work"])
@@ -586,8 +577,7 @@ def bench(seconds: float = 2.0) -> None:
         time = time.blocked_autorange(min_run_time=seconds)
         print(f"{name:30s} {time.median * 1e3:8.1f} ms (iqr {time.iqr * 1e3:.1f})")
 
-# what each action starts from: model, data, held-out data, epochs, learning rate
-DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),
+DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),     # model, data, held-out data, epochs, rate
             "instruct": ("base", "instructions.jsonl", "", 1, 1e-3),
             "dpo": ("instruct", "pairs.jsonl", "pairs_valid.jsonl", 1, 1e-4),
             "eval": ("sft", "valid.jsonl", "", 0, 0.0)}
@@ -656,7 +646,6 @@ def run(args: argparse.Namespace) -> None:
     elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
         held_out = read_problems(valid, boxed=grpo.balanced_box)[:args.limit] if valid else []
-
         def evaluate(temperature: float, **options) -> dict:
             engine.sync(model)
             return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, stop=["</answer>"],
