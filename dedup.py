@@ -6,13 +6,13 @@ Deviations: 1. The random orders are x -> a x + b mod 2^32 with odd a, min-wise 
             recall against theory. 2. Shingles are 32-bit hashes of word n-grams: Jaccard comes out up to |A| / 2^33
             too large. 3. casefold() for lower(); a Chinese or Japanese character is a word. 4. In buckets of over 32
             documents not all pairs are candidates.
-Speed:      python dedup.py bench 20000 400: 9,100 documents and 23 MB a CPU second; datasketch 2.0.0: 1,700 and 4.2,
-            and it verifies and writes nothing. Peak memory for 10,000 documents 48 MB, for 1,000,000 62 MB.
-On paper:   5,000 WET files (375 GB packed) are 1 TB of text. data_filter.py does 1.7 MB of text a CPU second: 160 core
-            hours, 10 h on one machine of 16 cores. If 15% is left, 150 GB in 40 M documents, dedup.py takes 2 core
-            hours, half an hour as one process reads at 100 MB/s; disk 13 GB of keys, 100 GB of shingles, 60 GB of
-            output; memory 0.5 GB. 100,000 files are 20 times that: 10 machines for 21 h, then one for 10 h with 3.5 TB
-            of disk and 10 GB of memory. The shingles break first (--no-verify has none), then the one reader.
+Speed:      python dedup.py bench 100000 400: 15,100 documents and 38 MB a second in one process, 49 in two; datasketch
+            2.0.0: 1,970 and 5.0, and it verifies and writes nothing. Peak memory for 1,000,000 documents 62 MB.
+On paper:   5,000 WET files (375 GB packed) are 1 TB of text. data_filter.py --bench says 160 core hours, 10 h on
+            one machine of 16 cores. If 15% is left, 150 GB in 40 M documents, dedup.py takes 50 minutes on 2 cores;
+            disk 13 GB of keys, 100 GB of shingles, 60 GB of output; memory 0.5 GB. 100,000 files are 20 times that: 10
+            machines for 20 h, then one for 17 h with 3.5 TB of disk and 10 GB of memory. The shingles break first
+            (--no-verify has none), then the one process that reads.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python dedup.py
             text 0 and text 1: 20 of 22 3-grams in common, Jaccard 0.91; 134 of 140 hashes and 16 of 20 bands agree
