@@ -506,11 +506,12 @@ def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
     return {word: int(counts[number]) for word, number in number_of.items() if not special.fullmatch(word)}
 
 
-def greatest_first(left: int, right: int, tokens: list[bytes]) -> tuple[list[int], ...]:
-    """A key by which the greatest pair sorts first: each byte less than zero, a string before those that it begins."""
-    return tuple([-byte for byte in tokens[i]] + [1] for i in (left, right))
+def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
+    """A key by which the greatest pair sorts first: bytes mirrored, each string ended by a mark above all of them."""
+    return "\u0100".join([tokens[i].translate(MIRROR).decode("latin-1") for i in (left, right)]) + "\u0100"
 
 
+MIRROR = bytes(range(255, -1, -1))
 GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
 
 
@@ -625,6 +626,7 @@ class FastEncoder:
         new = words.one_of_each(np.flatnonzero(self.counts[words.numbers] == 0))
         is_long = words.lengths[new] > self.long
         short, long = new[~is_long], new[is_long]
+        short = short[words.lengths[short].argsort(kind="stable")]
         ids, counts = self.merge(words.text(short), words.lengths[short])
         merged = [self.tokenizer.merge_word(words.text(long[i:i + 1]).tobytes()) for i in range(len(long))]
         counts, numbers = np.append(counts, [*map(len, merged)]).astype(np.int64), words.numbers[np.append(short, long)]
@@ -635,8 +637,8 @@ class FastEncoder:
     def merge(self, text: np.ndarray, lengths: np.ndarray, rounds: list | None = None) -> tuple:
         """Tokenizer.merge_word for many words at once, end to end in text. Returns: their ids, and how many of each.
 
-        The words stand in a row with links, as in merge_words. In every round each word joins its pair of lowest rank,
-        the first of them; a word without such a pair is done.
+        The words stand in a row with links, as in merge_words; best the short ones first, for they are done first. In
+        every round each word joins its pair of lowest rank, the first of them; a word without such a pair is done.
         """
         symbol, words = in_a_row(self.byte_ids[text], lengths), np.cumsum(lengths + 1) - lengths
         following, begins = np.arange(1, len(symbol) + 1), words - 1
@@ -648,7 +650,7 @@ class FastEncoder:
                 rounds.append(symbol.copy())
             rank, _ = self.ranks.find(((symbol[at] << 32) + symbol[following[at]]).view(np.uint64))
             cost[at] = np.where(rank == 0, NEVER, rank << 32 | at)
-            best = np.minimum.reduceat(cost, words)             # words that are done stand in between, and cost NEVER
+            best = np.minimum.reduceat(cost[words[0]:], words - words[0])      # words done, in between, cost NEVER
             words, best = words[best < NEVER], best[best < NEVER]
             at = best & 0xFFFFFFFF
             gone = following[at]
@@ -670,12 +672,13 @@ def share(*state: Any) -> None:
 
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
               log: Log, step: int = 1) -> Iterator:
-    """function(ranges) for every `step` ranges of a file, in order, by processes in which SHARED is (path, shared)."""
+    """function(ranges) for every `step` ranges of a file or fewer, in order, where SHARED is (path, shared)."""
     if (size := os.path.getsize(path)) == 0:
         raise ValueError(f"{path} is empty; give it some text")
-    ranges = file_ranges(path, special_tokens)
-    jobs = list(iter(lambda: list(itertools.islice(ranges, step)), []))
-    num_processes = min(num_processes or os.cpu_count() or 1, len(jobs))
+    ranges, num_processes = list(file_ranges(path, special_tokens)), num_processes or os.cpu_count() or 1
+    step = max(1, min(step, len(ranges) // num_processes))      # so that there is work for all
+    jobs = [ranges[i:i + step] for i in range(0, len(ranges), step)]
+    num_processes = min(num_processes, len(jobs))
     share(path, shared)
     pool = contextlib.nullcontext()
     if num_processes > 1:
@@ -705,7 +708,7 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
         raise ValueError(f"special tokens overlap: %r is part of %r; leave one out of the training" % overlapping[0])
     if num_merges < 0:
         raise ValueError(f"vocab_size {vocab_size} is too small for {vocab_size - num_merges} bytes and special tokens")
-    for counts in over_file(count_words, path, special, special_tokens, num_processes, log, 8):
+    for counts in over_file(count_words, path, special, special_tokens, num_processes, log, 24):
         words.update(counts)
     merges = merge_words(words, num_merges, tie_key, log)
     if len(merges) < num_merges and log:
