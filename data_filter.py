@@ -226,6 +226,8 @@ KINDS = {None: INLINE} | {slash + name: kind for kind, names in {      # None: c
     "address blockquote figure figcaption hr center dl dt dd table caption thead tbody tfoot form fieldset legend "
     "details summary dialog search hgroup optgroup"}.items() for name in names.split() for slash in ("", "/")}
 KINDS |= {"td": CELL, "th": CELL}
+LISTS = {"ul": -1, "ol": 0, "menu": -1, "dir": -1}                     # the number before the first item
+TAB, INDENT = "\t\t", ["  " * depth for depth in range(10)]
 SKIPPED = {"noscript", "template", "select", "button", "datalist", "label"}
 
 def extract_text(page: bytes | str, http_charset: str = "") -> str:
@@ -268,7 +270,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
         if text:
             if cells or bullet or len(lists) > 1:
                 depth = len(lists) - 1 if len(lists) < 9 else 8      # or open lists would indent by their square
-                text = ("\t\t" * cells or "  " * (depth or 1 if bullet else depth + 1)) + bullet + text
+                text = f"{cells * TAB or INDENT[depth or 1 if bullet else depth + 1]}{bullet}{text}"
                 cells, bullet = 0, ""
             out.append("\n" * breaks + text)
             breaks = 0
@@ -288,14 +290,14 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
                 if lists[-1] >= 0:
                     lists[-1] += 1
                     bullet = f"{lists[-1]}. "
+            elif tag in LISTS:
+                lists.append(LISTS[tag])
             elif tag == "/li":
                 bullet = ""
             elif tag in ("tr", "/tr"):
                 row_begun = False
             elif tag in ("pre", "/pre"):
                 in_pre = tag == "pre"
-            elif tag[0] != "/":
-                lists.append(0 if tag == "ol" else -1)
             elif len(lists) > 1:
                 lists.pop()
     text = "".join(out).lstrip("\n")
