@@ -323,7 +323,7 @@ def test_cross_entropy():
             M.cross_entropy(logits, bad)
 
 
-BACKENDS = ["torch"] + ["triton"] * (M.triton is not None)
+BACKENDS = ["torch"] + ["triton"] * (M.triton is not None and not torch.cuda.is_available())   # there: interpreted
 
 
 def loss_and_gradients(f, hidden, weight):
@@ -331,6 +331,18 @@ def loss_and_gradients(f, hidden, weight):
     loss = f(hidden, weight)
     (3 * loss).backward()                                              # the gradient that arrives is not 1
     return loss.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-3), (torch.bfloat16, 1e-2)])    # tf32 at most; 2^-8 = 4e-3
+def test_loss_kernel_on_a_gpu(dtype, limit):
+    """The compiled kernel, over several of its blocks and chunks, against float64: relative error of each gradient."""
+    hidden, weight = rand(300, 64).to("cuda", dtype), rand(20_000, 64, seed=1).to("cuda", dtype)
+    targets = token_ids(300, vocabulary=20_000).cuda()
+    want = loss_and_gradients(lambda h, w: F.cross_entropy(h @ w.T, targets), hidden.double(), weight.double())
+    got = loss_and_gradients(lambda h, w: M.linear_cross_entropy(h, w, targets, backend="triton", chunk=128), hidden,
+                             weight)
+    assert all((a - b).norm() <= limit * b.norm() for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -16,7 +16,8 @@ import optim as O
 ROOT = Path(__file__).resolve().parent.parent
 ANSWERS = json.loads((ROOT / "tests/fixtures/optim_answers.json").read_text())
 SHAPES = [(5, 7), (3,), (2, 3, 4), (1,), (4100,)]                       # the last is more than one block of the kernel
-BACKENDS = [None, "foreach"] + ["triton"] * (O.triton is not None)
+INTERPRETED = O.triton is not None and not torch.cuda.is_available()      # on a GPU: test_kernel_on_a_gpu
+BACKENDS = [None, "foreach"] + ["triton"] * INTERPRETED
 
 
 def normal(shape, seed, dtype=torch.float32):
@@ -158,6 +159,23 @@ def test_views_and_strides(fused):
     assert largest(params, want) < FP32 and torch.equal(storage[:1], normal(40, 0)[:1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_on_a_gpu(dtype):
+    """Ten steps of the compiled kernel on fp32 weights or masters against torch in float64: rounding only."""
+    start = [normal(shape, i).to("cuda", dtype) for i, shape in enumerate([(1000, 333), (4097,), (1,), (5, 16)])]
+    ours, exact = ([torch.nn.Parameter(x.to(kind, copy=True)) for x in start] for kind in (dtype, torch.float64))
+    pair = (O.AdamW(ours, lr=1e-2, fused="triton", state_dtype=torch.float32, master_weights=True),
+            torch.optim.AdamW(exact, lr=1e-2))
+    for t in range(10):
+        for i, (a, b) in enumerate(zip(ours, exact)):
+            a.grad = normal(a.shape, 100 * t + i).to("cuda", dtype)
+            b.grad = a.grad.double()
+        for optimizer in pair:
+            optimizer.step()
+    assert largest([pair[0].state[p].get("master", p) for p in ours], exact) < FP32
+
+
 @pytest.mark.parametrize("fused", BACKENDS)
 def test_follows_what_moves(fused):
     """Gradients that lie elsewhere each step, state that is loaded anew: the kernel's table of addresses follows."""
@@ -201,7 +219,7 @@ def test_adamw_refuses():
                            (dict(fused="cuda"), "fused"), (dict(fused=True), "fused")]:
         with pytest.raises(ValueError, match=word):
             O.AdamW([p], **settings)
-    if O.triton is not None:
+    if INTERPRETED:
         turned = torch.nn.Parameter(torch.ones(2, 3).T)
         turned.grad = torch.ones(3, 2)
         with pytest.raises(ValueError, match="contiguous"):
