@@ -209,7 +209,7 @@ def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> None:
         return print("no picture: pip install matplotlib draws one")
     left, right = (figure := Figure(figsize=(11, 4.2), layout="tight")).subplots(1, 2)
     for i, budget in enumerate(best.C):
-        n = np.sort(N[same := np.isclose(C, budget, 1e-5)])
+        n = np.geomspace(min(N[same := np.isclose(C, budget, 1e-5)]), max(N[same]))
         left.semilogx(N[same], loss[same], f"C{i}o", n, law(n, budget / (6 * n)), f"C{i}-")
     left.semilogx(best.N, best.loss, "k*")
     for color, vertices, line in zip(("C0", "C1"), (best.N, best.D), law.optimal(best.C)):

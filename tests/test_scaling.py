@@ -314,6 +314,32 @@ def test_concurrent_requests_are_charged_once(serve):
         assert sorted(twice) == [200] + [409] * 15
 
 
+@pytest.mark.parametrize("rate, shape", [(1e-4, (512, 8)), (1e-3, (64, 24)), (1e-3, (1024, 2))])
+def test_the_law_and_its_penalties(rate, shape):
+    law, query = scaling.LawBackend(), QUERY | {"learning_rate": rate, "d_model": shape[0], "num_layers": shape[1]}
+    config = law.translate(query, 0)
+    N, D = law.count_parameters(config["architecture_config"]), config["total_train_tokens"]
+    loss = min(1.69 + 406.4 / N ** 0.34 + 410.7 / D ** 0.28, math.log(32000))
+    loss *= 1 + 0.02 * math.log(rate / (0.003239 - 0.0001395 * math.log(N))) ** 2
+    loss *= 1 + 0.004 * math.log(shape[0] / (50 * shape[1])) ** 2
+    # five standard deviations of the noise, and the product of two penalties where the law has their sum (under 0.1%)
+    assert law.run(config, None)[0][-1] == pytest.approx(loss, rel=0.011)
+
+
+def test_nobody_comes_between_the_look_and_the_charge(monkeypatch):
+    server = scaling.Server(":memory:", scaling.LawBackend(), seconds=250)
+    used = server.used
+    monkeypatch.setattr(server, "used", lambda *whose: (time.sleep(0.02), used(*whose))[1])        # time for others
+
+    def submit(_):
+        try:
+            return len(server.add(2026, "local", TRAINING, TRAINING, 100))
+        except scaling.Refused as refused:
+            return refused.args[0]
+    with ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(submit, range(8))) == [32] + [409] * 7
+
+
 def test_a_killed_server_loses_nothing(serve, tmp_path):
     first = serve()
     answer = first("/loss", **QUERY)
