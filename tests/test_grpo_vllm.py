@@ -1,4 +1,5 @@
 """grpo.VllmEngine against the real vLLM (on a CPU: `make test-vllm`); skipped where vLLM is not installed."""
+
 import pytest
 import torch
 
@@ -16,9 +17,18 @@ def make_model(seed):
     """Two layers of Qwen2 with heads of 32, the smallest that vLLM's CPU attention takes; spread out, so that no two
     tokens are nearly as likely as each other and greedy answers do not hang on the last bit."""
     torch.manual_seed(seed)
-    lm = model_py.TransformerLM(model_py.ModelConfig(
-        vocab_size=320, context_length=128, d_model=64, num_layers=2, num_heads=2, num_kv_heads=1, qkv_bias=True,
-        rope_layout="half"))
+    lm = model_py.TransformerLM(
+        model_py.ModelConfig(
+            vocab_size=320,
+            context_length=128,
+            d_model=64,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            qkv_bias=True,
+            rope_layout="half",
+        )
+    )
     for p in lm.parameters():
         p.data += 0.5 * p.data + 0.05 * torch.randn_like(p)
     return lm
@@ -26,11 +36,16 @@ def make_model(seed):
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    folder, tokenizer, lm = tmp_path_factory.mktemp("m"), bpe.Tokenizer.from_file(TINY / "tokenizer.json"), make_model(0)
+    folder, tokenizer, lm = (
+        tmp_path_factory.mktemp("m"),
+        bpe.Tokenizer.from_file(TINY / "tokenizer.json"),
+        make_model(0),
+    )
     model_py.save_hf(lm, folder, tokenizer)
     ours = grpo.open_engine("torch", lm, tokenizer, str(folder), 0)
-    theirs = grpo.open_engine("vllm", lm, tokenizer, str(folder), 0, dtype="float32", max_model_len=128, memory_share=0.3,
-                              enforce_eager=True)
+    theirs = grpo.open_engine(
+        "vllm", lm, tokenizer, str(folder), 0, dtype="float32", max_model_len=128, memory_share=0.3, enforce_eager=True
+    )
     return ours, theirs, tokenizer, lm
 
 
@@ -44,7 +59,7 @@ def assert_same(ours, theirs):
     assert len(ours) == len(theirs) == len(PROMPTS)
     for a, b in zip(ours, theirs):
         assert (a.prompt_ids, a.ids, a.finish_reason, a.text) == (b.prompt_ids, b.ids, b.finish_reason, b.text)
-        assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs)) < 1e-3     # float32 in another order: seen 1e-5
+        assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs)) < 1e-3  # float32 in another order: seen 1e-5
 
 
 def test_greedy_answers_and_log_probs_are_ours(engines):
@@ -56,7 +71,7 @@ def test_weights_change_after_a_sync_and_the_prefix_cache_goes(engines):
     before = both(engines, temperature=0.0, max_tokens=24)[1]
     lm.load_state_dict(make_model(1).state_dict())
     stale = both(engines, temperature=0.0, max_tokens=24)[1]
-    assert [x.ids for x in stale] == [x.ids for x in before]            # nothing reaches it but by sync
+    assert [x.ids for x in stale] == [x.ids for x in before]  # nothing reaches it but by sync
     theirs.sync(lm)
     assert_same(*both(engines, temperature=0.0, max_tokens=24))
     assert [x.ids for x in both(engines, temperature=0.0, max_tokens=24)[1]] != [x.ids for x in before]
@@ -81,15 +96,31 @@ def test_samples_come_prompt_by_prompt_and_by_seed(engines):
 
 def test_the_loop_runs_on_vllm_and_logs_a_small_gap(engines):
     import sft
+
     _, theirs, tokenizer, lm = engines
 
     def score(answers):
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], 0)
-        scored = sft.get_response_log_probs_chunked(lm, batch["input_ids"], batch["labels"], response_mask=batch["response_mask"])
+        scored = sft.get_response_log_probs_chunked(
+            lm, batch["input_ids"], batch["labels"], response_mask=batch["response_mask"]
+        )
         return scored["log_probs"], batch["response_mask"]
-    config = grpo.GRPOConfig(steps=3, lr=1e-3, rollout_batch_size=8, group_size=4, train_batch_size=8, max_tokens=8, min_tokens=2)
-    history = grpo.train_grpo(lm, torch.optim.AdamW(lm.parameters(), lr=1e-3), theirs, [{"prompt": p, "answer": ""} for p in PROMPTS],
-                              config, reward_fn=lambda r, t: {"reward": float(len(r) % 3)}, encode=tokenizer.encode, score=score,
-                              evaluate=dict, clip=torch.nn.utils.clip_grad_norm_, log=lambda line: None)
+
+    config = grpo.GRPOConfig(
+        steps=3, lr=1e-3, rollout_batch_size=8, group_size=4, train_batch_size=8, max_tokens=8, min_tokens=2
+    )
+    history = grpo.train_grpo(
+        lm,
+        torch.optim.AdamW(lm.parameters(), lr=1e-3),
+        theirs,
+        [{"prompt": p, "answer": ""} for p in PROMPTS],
+        config,
+        reward_fn=lambda r, t: {"reward": float(len(r) % 3)},
+        encode=tokenizer.encode,
+        score=score,
+        evaluate=dict,
+        clip=torch.nn.utils.clip_grad_norm_,
+        log=lambda line: None,
+    )
     gaps = [line["gap"] for line in history[1:]]
-    assert all(0 < gap < 1e-2 for gap in gaps), gaps                    # a missed sync would show after the first update
+    assert all(0 < gap < 1e-2 for gap in gaps), gaps  # a missed sync would show after the first update

@@ -1,4 +1,5 @@
 """sft.py against transformers, tokenizers and scipy (tests/fixtures/sft_*), its edges, bad input, and its loops."""
+
 import json
 import math
 import random
@@ -14,8 +15,9 @@ import sft
 FIXTURES = Path(__file__).parent / "fixtures"
 ANSWERS = json.loads((FIXTURES / "sft_answers.json").read_text())
 TINY = FIXTURES / "sft_tiny"
-# In float64 only the order of sums differs, over at most 300 tokens of a few nats: 1e-10. The models' own tables (RoPE's
-# cosines) are float32, worth 1e-5 on a sum of 100 log-probs. A mean for a sum, or a missing end of text, is off by over 1.
+# In float64 only the order of sums differs, over at most 300 tokens of a few nats: 1e-10. The models' own tables
+# (RoPE's cosines) are float32, worth 1e-5 on a sum of 100 log-probs. A mean for a sum, or a missing end of text, is off
+# by over 1.
 EXACT = dict(rtol=0, atol=1e-10)
 
 
@@ -39,7 +41,8 @@ def batch():
     return {key: torch.tensor(known[key]) for key in ("input_ids", "labels", "response_mask")}
 
 
-# ---------------------------------------------------------------------------------------------------- the tensors
+# -------------------------------------------------------------------------------- the tensors
+
 
 def test_tokenize_prompt_and_output(tokenizer):
     known = ANSWERS["tokenize"]
@@ -54,6 +57,7 @@ def test_tokenize_prompt_and_output(tokenizer):
 
 class HuggingFaceLike:
     """What our code asks of a transformers tokenizer: a BOS token unless add_special_tokens=False, and eos/pad ids."""
+
     eos_token_id, pad_token_id = 7, 9
 
     def convert_tokens_to_ids(self, tokens):
@@ -73,19 +77,25 @@ def test_hugging_face_tokenizers_and_models():
     assert got["input_ids"].tolist() == [[11, 12], [11, 12]] and got["labels"].tolist() == [[12, 13], [12, 9]]
     assert got["response_mask"].tolist() == [[False, True], [True, False]]
     logits = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0))
-    log_probs = sft.get_response_log_probs(lambda ids: HuggingFaceOutput(logits), got["input_ids"], got["labels"])["log_probs"]
+    log_probs = sft.get_response_log_probs(lambda ids: HuggingFaceOutput(logits), got["input_ids"], got["labels"])[
+        "log_probs"
+    ]
     torch.testing.assert_close(log_probs, logits.log_softmax(-1).gather(-1, got["labels"][..., None])[..., 0])
 
 
-@pytest.mark.parametrize("prompts, outputs, mask", [
-    ([[]], [[5, 6, 7]], [[1, 1]]),                 # no prompt: the first token is nobody's label
-    ([[5, 6, 7]], [[]], [[0, 0]]),                 # no output
-    ([[5], [5, 6]], [[7, 8, 9], [7]], [[1, 1, 1], [0, 1, 0]])])
+@pytest.mark.parametrize(
+    "prompts, outputs, mask",
+    [
+        ([[]], [[5, 6, 7]], [[1, 1]]),  # no prompt: the first token is nobody's label
+        ([[5, 6, 7]], [[]], [[0, 0]]),  # no output
+        ([[5], [5, 6]], [[7, 8, 9], [7]], [[1, 1, 1], [0, 1, 0]]),
+    ],
+)
 def test_collate_edges(prompts, outputs, mask):
     got = sft.collate(prompts, outputs, pad_id=0)
     assert got["response_mask"].int().tolist() == mask
     for row, (p, o) in enumerate(zip(prompts, outputs)):
-        assert got["input_ids"][row, :len(p + o)].tolist() == (p + o)[:got["input_ids"].shape[1]]
+        assert got["input_ids"][row, : len(p + o)].tolist() == (p + o)[: got["input_ids"].shape[1]]
 
 
 @pytest.mark.parametrize("prompts, outputs", [([[1]], []), ([], []), ([[1]], [[]])])
@@ -106,7 +116,9 @@ def test_tokenizer_without_end_of_text():
 
 def test_entropy_against_scipy():
     logits = torch.tensor(ANSWERS["entropy"]["logits"], dtype=torch.float64)
-    torch.testing.assert_close(sft.compute_entropy(logits), torch.tensor(ANSWERS["entropy"]["entropy"], dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(
+        sft.compute_entropy(logits), torch.tensor(ANSWERS["entropy"]["entropy"], dtype=torch.float64), **EXACT
+    )
     assert sft.compute_entropy(torch.tensor([[0.0, -math.inf, 0.0]])).item() == pytest.approx(math.log(2))
     assert sft.compute_entropy(torch.zeros(3, 8, dtype=torch.bfloat16)).dtype == torch.float32
 
@@ -126,8 +138,13 @@ def test_chunked_log_probs_have_the_same_gradient(policy, chunk_tokens):
     b, gradients = batch(), []
     for chunked in (False, True):
         policy.zero_grad()
-        got = (sft.get_response_log_probs_chunked(policy, b["input_ids"], b["labels"], True, b["response_mask"], chunk_tokens)
-               if chunked else sft.get_response_log_probs(policy, b["input_ids"], b["labels"], True))
+        got = (
+            sft.get_response_log_probs_chunked(
+                policy, b["input_ids"], b["labels"], True, b["response_mask"], chunk_tokens
+            )
+            if chunked
+            else sft.get_response_log_probs(policy, b["input_ids"], b["labels"], True)
+        )
         for key in got:
             got[key] = got[key].masked_fill(~b["response_mask"], 0)
         (got["log_probs"] * torch.arange(got["log_probs"].shape[1])).sum().backward()
@@ -138,7 +155,9 @@ def test_chunked_log_probs_have_the_same_gradient(policy, chunk_tokens):
 
 def test_chunked_log_probs_of_nothing(policy):
     b = batch()
-    got = sft.get_response_log_probs_chunked(policy, b["input_ids"], b["labels"], True, torch.zeros_like(b["response_mask"]))
+    got = sft.get_response_log_probs_chunked(
+        policy, b["input_ids"], b["labels"], True, torch.zeros_like(b["response_mask"])
+    )
     assert got["log_probs"].abs().sum() == 0 and got["token_entropy"].abs().sum() == 0
 
 
@@ -146,7 +165,9 @@ def test_chunked_never_holds_all_logits(policy):
     sizes = []
     policy.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[:-1].numel()))
     b = batch()
-    sft.get_response_log_probs_chunked(policy, b["input_ids"], b["labels"], response_mask=b["response_mask"], chunk_tokens=4)
+    sft.get_response_log_probs_chunked(
+        policy, b["input_ids"], b["labels"], response_mask=b["response_mask"], chunk_tokens=4
+    )
     assert max(sizes) == 4 and sum(sizes) == b["response_mask"].sum()
 
 
@@ -160,14 +181,16 @@ def test_masked_normalize():
 def test_sft_step_known_answer():
     known = ANSWERS["sft"]
     log_probs = torch.tensor(ANSWERS["log_probs"], dtype=torch.float64, requires_grad=True)
-    loss, metadata = sft.sft_microbatch_train_step(log_probs, batch()["response_mask"], known["gradient_accumulation_steps"],
-                                                   known["normalize_constant"])
+    loss, metadata = sft.sft_microbatch_train_step(
+        log_probs, batch()["response_mask"], known["gradient_accumulation_steps"], known["normalize_constant"]
+    )
     torch.testing.assert_close(loss, torch.tensor(known["loss"], dtype=torch.float64), **EXACT)
     torch.testing.assert_close(log_probs.grad, torch.tensor(known["gradient"], dtype=torch.float64), **EXACT)
     assert not loss.requires_grad and metadata["response_tokens"] == batch()["response_mask"].sum()
 
 
-# ---------------------------------------------------------------------------------------------------- packing
+# -------------------------------------------------------------------------------- packing
+
 
 def test_packed_dataset_known_answer(tokenizer):
     known = ANSWERS["packed"]
@@ -180,12 +203,16 @@ def test_packed_dataset_known_answer(tokenizer):
 
 
 def test_packed_dataset_shuffles_documents_not_tokens(tokenizer):
-    made = [sft.PackedDataset(tokenizer, TINY / "instructions.jsonl", 16, shuffle=True, seed=s).tokens.tolist() for s in (0, 0, 1)]
+    made = [
+        sft.PackedDataset(tokenizer, TINY / "instructions.jsonl", 16, shuffle=True, seed=s).tokens.tolist()
+        for s in (0, 0, 1)
+    ]
     assert made[0] == made[1] != made[2]
     eos = tokenizer.special_tokens["<|endoftext|>"]
 
     def documents(ids):
         return sorted(tuple(map(int, d.split())) for d in " ".join(map(str, ids)).split(str(eos)) if d.strip())
+
     assert eos == 0 or documents(made[0]) == documents(made[2])
     assert sorted(made[0]) == sorted(made[2])
 
@@ -200,9 +227,17 @@ def test_iterate_batches(tokenizer, batch_size):
     assert sorted(shuffled) == sorted(labels for _, labels in ANSWERS["packed"]["chunks"])
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "no examples"), ("{}\n", "prompt"), ('{"prompt": "a", "response": 3}\n', "prompt"), ("[1]\n", "JSON object"),
-    ('{"prompt": "a", "response": "b"}\n{"prompt"\n', "line 2"), ('{"prompt": "a", "response": "b"}', "too few")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no examples"),
+        ("{}\n", "prompt"),
+        ('{"prompt": "a", "response": 3}\n', "prompt"),
+        ("[1]\n", "JSON object"),
+        ('{"prompt": "a", "response": "b"}\n{"prompt"\n', "line 2"),
+        ('{"prompt": "a", "response": "b"}', "too few"),
+    ],
+)
 def test_packed_dataset_bad_files(tokenizer, tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -220,28 +255,64 @@ def test_missing_and_binary_files(tmp_path):
         sft.read_json_lines(tmp_path / "not.gz")
 
 
-# ---------------------------------------------------------------------------------------------------- parsing
+# -------------------------------------------------------------------------------- parsing
 
-@pytest.mark.parametrize("text, number", [
-    ("Natalia sold 48/2 = 24 clips in May, and so 72 clips altogether.", "72"), ("She has $1,234.50.", "1234.50"),
-    ("10-3=7", "7"), ("It is -5", "-5"), ("10-5", "5"), ("(x)-4", "4"), ("1,2,3", "3"), ("12,345,678 in all", "12345678"),
-    ("0.5", "0.5"), ("costs .75", ".75"), ("5.", "5"), ("#### 42", "42"), ("none", None), ("", None), ("1 or 2 or many", "2")])
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("Natalia sold 48/2 = 24 clips in May, and so 72 clips altogether.", "72"),
+        ("She has $1,234.50.", "1234.50"),
+        ("10-3=7", "7"),
+        ("It is -5", "-5"),
+        ("10-5", "5"),
+        ("(x)-4", "4"),
+        ("1,2,3", "3"),
+        ("12,345,678 in all", "12345678"),
+        ("0.5", "0.5"),
+        ("costs .75", ".75"),
+        ("5.", "5"),
+        ("#### 42", "42"),
+        ("none", None),
+        ("", None),
+        ("1 or 2 or many", "2"),
+    ],
+)
 def test_parse_gsm8k_response(text, number):
     assert sft.parse_gsm8k_response(text) == number
 
 
-@pytest.mark.parametrize("text, letter", [
-    ("The correct answer is B. There is only one.", "B"), ("The correct answer is 10000 polymerases.", None), ("B", "B"),
-    ("The answer is: (C)", "C"), ("the correct answer is \"D\"", "D"), ("B. Because", "B"), ("(A) Because", "A"), ("A", "A"),
-    ("A virus has none.", None), ("The answer is A virus.", None), ("Answer: D", "D"), ("I choose option C.", "C"),
-    ("It is (B) as stated", "B"), ("The answer is B. No, the answer is C.", "C"), ("The answer is E.", None), ("", None),
-    ("Bob", None), ("the correct answer is b", None), ("The answer is D'Artagnan", None)])
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("The correct answer is B. There is only one.", "B"),
+        ("The correct answer is 10000 polymerases.", None),
+        ("B", "B"),
+        ("The answer is: (C)", "C"),
+        ("the correct answer is \"D\"", "D"),
+        ("B. Because", "B"),
+        ("(A) Because", "A"),
+        ("A", "A"),
+        ("A virus has none.", None),
+        ("The answer is A virus.", None),
+        ("Answer: D", "D"),
+        ("I choose option C.", "C"),
+        ("It is (B) as stated", "B"),
+        ("The answer is B. No, the answer is C.", "C"),
+        ("The answer is E.", None),
+        ("", None),
+        ("Bob", None),
+        ("the correct answer is b", None),
+        ("The answer is D'Artagnan", None),
+    ],
+)
 def test_parse_mmlu_response(text, letter):
     example = {"subject": "virology", "question": "?", "options": ["1", "2", "3", "4"], "answer": "A"}
     assert sft.parse_mmlu_response(example, text) == letter
 
 
-# ---------------------------------------------------------------------------------------------------- DPO
+# -------------------------------------------------------------------------------- DPO
+
 
 def test_dpo_loss_known_answer(policy, reference, tokenizer):
     known = ANSWERS["dpo"]
@@ -251,7 +322,9 @@ def test_dpo_loss_known_answer(policy, reference, tokenizer):
     together = sft.dpo_loss(policy, reference, tokenizer, known["beta"], *map(list, zip(*known["pairs"])))
     assert together.item() == pytest.approx(sum(known["losses"]) / len(known["losses"]), abs=1e-5)
     margins = sft.preference_margin(policy, tokenizer, *map(list, zip(*known["pairs"])))
-    torch.testing.assert_close(margins.detach(), torch.tensor(known["policy_margins"], dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        margins.detach(), torch.tensor(known["policy_margins"], dtype=torch.float64), rtol=0, atol=1e-5
+    )
 
 
 def test_dpo_trains_the_policy_alone(policy, reference, tokenizer):
@@ -271,9 +344,13 @@ def test_read_hh_pairs(tmp_path):
     two = {side: text + "\n\nHuman: More\n\nAssistant: Fine." for side, text in one.items()}
     other = one | {"rejected": "\n\nHuman: Bye\n\nAssistant: No."}
     plain = {"prompt": "p", "chosen": "c", "rejected": "r", "extra": 1}
-    (tmp_path / "hh.jsonl").write_text("".join(json.dumps(x) + "\n" for x in (one, two, other, one | {"rejected": one["chosen"]}, plain)))
+    (tmp_path / "hh.jsonl").write_text(
+        "".join(json.dumps(x) + "\n" for x in (one, two, other, one | {"rejected": one["chosen"]}, plain))
+    )
     assert sft.read_hh_pairs(tmp_path / "hh.jsonl") == [
-        {"prompt": "Hi\nthere", "chosen": "Hello.", "rejected": "No."}, {"prompt": "p", "chosen": "c", "rejected": "r"}]
+        {"prompt": "Hi\nthere", "chosen": "Hello.", "rejected": "No."},
+        {"prompt": "p", "chosen": "c", "rejected": "r"},
+    ]
     (tmp_path / "none.jsonl").write_text(json.dumps(two) + "\n")
     with pytest.raises(ValueError, match="no single-turn pair"):
         sft.read_hh_pairs(tmp_path / "none.jsonl")
@@ -282,7 +359,8 @@ def test_read_hh_pairs(tmp_path):
         sft.read_hh_pairs(tmp_path / "bad.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------- the embedded task
+# -------------------------------------------------------------------------------- the embedded task
+
 
 def test_arithmetic_problems_are_right_and_apart():
     train, held_out = sft.arithmetic_problems(3000, seed=1), sft.arithmetic_problems(500, seed=1, held_out=True)
@@ -297,13 +375,18 @@ def test_arithmetic_problems_are_right_and_apart():
             assert eval(p["question"][8:-1]) == int(p["answer"]), p
 
 
-# ---------------------------------------------------------------------------------------------------- problems and answers
+# -------------------------------------------------------------------------------- problems and answers
+
 
 def test_read_problems_of_every_form(tmp_path):
     import grpo
-    rows = [{"prompt": "p", "answer": "1", "response": "r"},
-            {"question": "Q?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,072"},
-            {"problem": "P?", "solution": r"So \boxed{\frac{1}{2}}."}, {"problem": "P?", "solution": "s", "answer": "7"}]
+
+    rows = [
+        {"prompt": "p", "answer": "1", "response": "r"},
+        {"question": "Q?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 1,072"},
+        {"problem": "P?", "solution": r"So \boxed{\frac{1}{2}}."},
+        {"problem": "P?", "solution": "s", "answer": "7"},
+    ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     got = sft.read_problems(tmp_path / "p.jsonl", "<{question}>", grpo.balanced_box)
     assert [p["prompt"] for p in got] == ["p", "<Q?>", "<P?>", "<P?>"]
@@ -325,11 +408,18 @@ def test_read_mmlu(tmp_path):
         sft.read_mmlu(tmp_path)
 
 
-@pytest.mark.parametrize("reward, response, truth, expected", [
-    (sft.gsm8k_reward, "so 1,072 clips", "1072", (1, 1)), (sft.gsm8k_reward, "so 1072.0", "1,072", (1, 1)),
-    (sft.gsm8k_reward, "so 5", "1072", (1, 0)), (sft.gsm8k_reward, "so many", "1072", (0, 0)),
-    (sft.mmlu_reward, "The answer is B.", "B", (1, 1)), (sft.mmlu_reward, "The answer is B.", "C", (1, 0)),
-    (sft.mmlu_reward, "Who knows", "C", (0, 0))])
+@pytest.mark.parametrize(
+    "reward, response, truth, expected",
+    [
+        (sft.gsm8k_reward, "so 1,072 clips", "1072", (1, 1)),
+        (sft.gsm8k_reward, "so 1072.0", "1,072", (1, 1)),
+        (sft.gsm8k_reward, "so 5", "1072", (1, 0)),
+        (sft.gsm8k_reward, "so many", "1072", (0, 0)),
+        (sft.mmlu_reward, "The answer is B.", "B", (1, 1)),
+        (sft.mmlu_reward, "The answer is B.", "C", (1, 0)),
+        (sft.mmlu_reward, "Who knows", "C", (0, 0)),
+    ],
+)
 def test_parsed_rewards(reward, response, truth, expected):
     got = reward(response, truth)
     assert (got["format_reward"], got["answer_reward"]) == expected and got["reward"] == expected[1]
@@ -343,35 +433,61 @@ class FakeEngine:
 
     def generate(self, prompts, **settings):
         from types import SimpleNamespace
-        return [SimpleNamespace(text=t, ids=self.tokenizer.encode(t)) for t in self.texts[:len(prompts)]]
+
+        return [SimpleNamespace(text=t, ids=self.tokenizer.encode(t)) for t in self.texts[: len(prompts)]]
 
 
 def test_log_generations(policy, tokenizer, tmp_path):
     import grpo
-    texts = ["a</think> <answer>4</answer>", "</think> <answer>5</answer>", "no idea at all", "</think> <answer>4</answer>"]
+
+    texts = [
+        "a</think> <answer>4</answer>",
+        "</think> <answer>5</answer>",
+        "no idea at all",
+        "</think> <answer>4</answer>",
+    ]
     problems, lines = [{"prompt": f"p{i}", "answer": "4"} for i in range(4)], []
-    got = sft.log_generations(FakeEngine(tokenizer, texts), tokenizer, problems, grpo.r1_zero_reward, model=policy,
-                              path=str(tmp_path / "x" / "log.jsonl"), show=1, log=lines.append)
+    got = sft.log_generations(
+        FakeEngine(tokenizer, texts),
+        tokenizer,
+        problems,
+        grpo.r1_zero_reward,
+        model=policy,
+        path=str(tmp_path / "x" / "log.jsonl"),
+        show=1,
+        log=lines.append,
+    )
     lengths = [len(tokenizer.encode(t)) for t in texts]
-    assert (got["count_11"], got["count_10"], got["count_00"]) == (2, 1, 1) and got["accuracy"] == 0.5 and got["format"] == 0.75
+    assert (
+        (got["count_11"], got["count_10"], got["count_00"]) == (2, 1, 1)
+        and got["accuracy"] == 0.5
+        and got["format"] == 0.75
+    )
     assert got["length"] == sum(lengths) / 4 and got["length_right"] == (lengths[0] + lengths[3]) / 2
     assert got["length_wrong"] == (lengths[1] + lengths[2]) / 2 and len(lines) == 3
     rows = [json.loads(line) for line in (tmp_path / "x" / "log.jsonl").read_text().splitlines()]
     assert [r["reward"] for r in rows] == [1, 0, 0, 1] and rows[2]["response"] == texts[2] and rows[0]["truth"] == "4"
     batch = sft.tokenize_prompt_and_output(["p1"], [texts[1]], tokenizer)
-    entropy = sft.get_response_log_probs(policy, batch["input_ids"], batch["labels"], True)["token_entropy"][batch["response_mask"]]
+    entropy = sft.get_response_log_probs(policy, batch["input_ids"], batch["labels"], True)["token_entropy"][
+        batch["response_mask"]
+    ]
     assert rows[1]["entropy"] == pytest.approx(entropy.mean().item(), abs=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+# -------------------------------------------------------------------------------- the loop
 
 CONSTANT = dict(schedule=lambda step, total: 0.1, clip=torch.nn.utils.clip_grad_norm_, log=lambda line: None)
 EXAMPLES = [{"prompt": f"{i} + {i} =", "response": f" {2 * i}<|endoftext|>"} for i in range(7)]
 
 
 def tuned(model, micro_step, examples, optimizer=None, **options):
-    result = sft.fine_tune(model, optimizer or torch.optim.SGD(model.parameters(), lr=0.1), examples, micro_step,
-                           **CONSTANT | dict(epochs=2, batch_size=3) | options)
+    result = sft.fine_tune(
+        model,
+        optimizer or torch.optim.SGD(model.parameters(), lr=0.1),
+        examples,
+        micro_step,
+        **CONSTANT | dict(epochs=2, batch_size=3) | options,
+    )
     return torch.cat([p.detach().flatten() for p in model.parameters()]), result
 
 
@@ -401,11 +517,14 @@ def test_micro_batches_do_not_change_the_result(tokenizer, kind):
 
 def test_sft_learns_the_responses_alone(tokenizer):
     lm = load("policy")
-    batch = sft.tokenize_prompt_and_output([e["prompt"] for e in EXAMPLES], [e["response"] for e in EXAMPLES], tokenizer)
+    batch = sft.tokenize_prompt_and_output(
+        [e["prompt"] for e in EXAMPLES], [e["response"] for e in EXAMPLES], tokenizer
+    )
 
     def nats(mask):
         with torch.no_grad():
             return -sft.get_response_log_probs(lm, batch["input_ids"], batch["labels"])["log_probs"][mask].mean().item()
+
     before = nats(batch["response_mask"])
     tuned(lm, sft.sft_micro_step(lm, tokenizer, 4.0), EXAMPLES, torch.optim.AdamW(lm.parameters(), lr=0.02), epochs=10)
     assert nats(batch["response_mask"]) < 0.5 * before
@@ -418,14 +537,29 @@ def test_dpo_loop_keeps_the_best(tokenizer):
     seen = []
 
     def evaluate():
-        seen.append((sft.preference_accuracy(lm, tokenizer, pairs), torch.cat([p.detach().flatten().clone() for p in lm.parameters()])))
-        return {"accuracy": [0.1, 0.9, 0.5][len(seen) - 1]}             # the second is said to be the best
+        seen.append(
+            (
+                sft.preference_accuracy(lm, tokenizer, pairs),
+                torch.cat([p.detach().flatten().clone() for p in lm.parameters()]),
+            )
+        )
+        return {"accuracy": [0.1, 0.9, 0.5][len(seen) - 1]}  # the second is said to be the best
+
     result = sft.fine_tune(
-        lm, torch.optim.RMSprop(lm.parameters(), lr=0.01), pairs, sft.dpo_micro_step(lm, reference, tokenizer, 0.1), epochs=3,
-        batch_size=3, eval_every=1, keep_best="accuracy", evaluate=evaluate, **CONSTANT | dict(schedule=lambda step, total: 0.02))
+        lm,
+        torch.optim.RMSprop(lm.parameters(), lr=0.01),
+        pairs,
+        sft.dpo_micro_step(lm, reference, tokenizer, 0.1),
+        epochs=3,
+        batch_size=3,
+        eval_every=1,
+        keep_best="accuracy",
+        evaluate=evaluate,
+        **CONSTANT | dict(schedule=lambda step, total: 0.02),
+    )
     assert result["accuracy"] == 0.9 and len(seen) == 3
     assert torch.equal(torch.cat([p.detach().flatten() for p in lm.parameters()]), seen[1][1])
-    assert before < seen[-1][0]                                         # the policy has come to prefer the chosen ones
+    assert before < seen[-1][0]  # the policy has come to prefer the chosen ones
 
 
 def test_fine_tune_stops_at_a_loss_that_is_not_finite(tokenizer):
@@ -434,7 +568,8 @@ def test_fine_tune_stops_at_a_loss_that_is_not_finite(tokenizer):
         tuned(lm, lambda examples, steps: math.nan, EXAMPLES)
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+# -------------------------------------------------------------------------------- the command line
+
 
 @pytest.fixture(scope="module")
 def folder(tokenizer, tmp_path_factory):
@@ -453,40 +588,83 @@ def run(capsys, *argv):
 @pytest.mark.parametrize("task", ["reasoning", "boxed", "gsm8k", "mmlu", "alpaca-eval", "safety"])
 def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task):
     data, out = tmp_path / ("d.csv" if task in ("mmlu", "safety") else "d.json"), tmp_path / "out" / "answers"
-    data.write_text({"mmlu": "Q,a,b,c,d,B\n", "safety": "id,prompts_final\n1,Be kind?\n",
-                     "alpaca-eval": json.dumps([{"instruction": "Hi", "dataset": "x"}])}.get(
-                         task, json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n"))
-    code, text, _ = run(capsys, "eval", "--task", task, "--model", folder, "--data", data, "--out", out, "--max-tokens", 5)
+    data.write_text(
+        {
+            "mmlu": "Q,a,b,c,d,B\n",
+            "safety": "id,prompts_final\n1,Be kind?\n",
+            "alpaca-eval": json.dumps([{"instruction": "Hi", "dataset": "x"}]),
+        }.get(task, json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
+    )
+    code, text, _ = run(
+        capsys, "eval", "--task", task, "--model", folder, "--data", data, "--out", out, "--max-tokens", 5
+    )
     assert code == 0 and "engine: torch" in text
     result = json.loads(text.strip().splitlines()[-1].removeprefix("RESULT "))
     if task == "alpaca-eval":
-        assert [sorted(row) for row in json.loads(out.read_text())] == [["dataset", "generator", "instruction", "output"]]
+        assert [sorted(row) for row in json.loads(out.read_text())] == [
+            ["dataset", "generator", "instruction", "output"]
+        ]
     elif task == "safety":
         assert json.loads(out.read_text())["prompts_final"] == "Be kind?" and "output" in json.loads(out.read_text())
     else:
-        assert result["count_11"] + result["count_10"] + result["count_00"] == 1 and len(out.read_text().splitlines()) == 1
+        assert (
+            result["count_11"] + result["count_10"] + result["count_00"] == 1 and len(out.read_text().splitlines()) == 1
+        )
 
 
-@pytest.mark.parametrize("action, rows", [
-    ("sft", EXAMPLES), ("instruct", [{"prompt": "Name a colour.", "response": "Blue."}] * 40),
-    ("dpo", [{"prompt": "p", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)])])
+@pytest.mark.parametrize(
+    "action, rows",
+    [
+        ("sft", EXAMPLES),
+        ("instruct", [{"prompt": "Name a colour.", "response": "Blue."}] * 40),
+        ("dpo", [{"prompt": "p", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(20)]),
+    ],
+)
 def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, rows):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, text, err = run(capsys, action, "--model", folder, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out",
-                          "--batch-size", 4, "--epochs", 1, "--lr", "1e-3", "--dtype", "bfloat16")
+    code, text, err = run(
+        capsys,
+        action,
+        "--model",
+        folder,
+        "--data",
+        tmp_path / "data.jsonl",
+        "--out",
+        tmp_path / "out",
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--lr",
+        "1e-3",
+        "--dtype",
+        "bfloat16",
+    )
     assert code == 0, err
     assert "RESULT" in text and model_py.load_hf(tmp_path / "out").config == model_py.load_hf(folder).config
     assert bpe.Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").encode("a b") == bpe.Tokenizer.from_file(
-        folder / "tokenizer.json").encode("a b")
+        folder / "tokenizer.json"
+    ).encode("a b")
 
 
-@pytest.mark.parametrize("argv, message", [
-    (("sft", "--model", "/nowhere"), "/nowhere"), (("eval", "--model", "MODEL", "--data", "/none.jsonl"), "/none.jsonl"),
-    (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv"),
-    (("eval", "--model", "MODEL", "--data", __file__, "--task", "alpaca-eval"), "expected a list of entries with 'instruction'"),
-    (("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"), "expected a list of entries with 'prompts_final'"),
-    (("sft", "--epochs", "-1"), "above 0"),
-    (("dpo", "--model", "MODEL", "--data", __file__), "expected a JSON object")])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("sft", "--model", "/nowhere"), "/nowhere"),
+        (("eval", "--model", "MODEL", "--data", "/none.jsonl"), "/none.jsonl"),
+        (("eval", "--model", "MODEL", "--data", "/none.csv", "--task", "mmlu"), "/none.csv"),
+        (
+            ("eval", "--model", "MODEL", "--data", __file__, "--task", "alpaca-eval"),
+            "expected a list of entries with 'instruction'",
+        ),
+        (
+            ("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"),
+            "expected a list of entries with 'prompts_final'",
+        ),
+        (("sft", "--epochs", "-1"), "above 0"),
+        (("dpo", "--model", "MODEL", "--data", __file__), "expected a JSON object"),
+    ],
+)
 def test_command_line_says_one_line(folder, capsys, argv, message):
     code, _, err = run(capsys, *(folder if a == "MODEL" else a for a in argv))
     assert code == 2 and err.startswith("sft.py: ") and message in err and err.count("\n") == 1
@@ -496,7 +674,10 @@ def test_written_task_is_whole_and_apart(tmp_path, tokenizer):
     sft.write_arithmetic(str(tmp_path), 3, "x = 1\n" * 100, count=300, demonstrations=100)
     demonstrations = sft.read_problems(tmp_path / "sft.jsonl")
     import grpo
-    assert all(grpo.r1_zero_reward(p["response"], p["answer"])["reward"] == 1 for p in demonstrations)   # all right, if quick
+
+    assert all(
+        grpo.r1_zero_reward(p["response"], p["answer"])["reward"] == 1 for p in demonstrations
+    )  # all right, if quick
     assert 40 < sum("I know this" in p["response"] for p in demonstrations) < 80
     train, valid = ({p["prompt"] for p in sft.read_problems(tmp_path / f"{n}.jsonl")} for n in ("train", "valid"))
     assert not train & valid and len(sft.read_hh_pairs(tmp_path / "pairs.jsonl")) == 100
