@@ -204,6 +204,18 @@ def test_words_are_told_apart_by_their_bytes():
     assert 0 < min(number_of.values()) and max(number_of.values()) < len(table.keys)
 
 
+def test_numbers_of_pairs_do_not_run_into_each_other_nor_into_text():
+    table = bpe.KeyTable()
+    table.add(np.arange(1 << 60, (1 << 60) + (1 << 21), dtype=np.uint64))               # numbers of over 20 bits
+    words = [b"row%05d" % i + b"row%05d" % j for i in range(40) for j in range(40)]
+    starts = 16 * np.arange(len(words))
+    numbers = bpe.Words(table, b"".join(words), starts).numbers
+    assert len(set(numbers.tolist())) == len(words)
+    left, right = bpe.Words(table, words[1], np.array([0, 8])).numbers.tolist()
+    text = (left << 28 | right).to_bytes(8, "little")           # the eight bytes that would be the key of that pair
+    assert bpe.Words(table, text, np.array([0])).numbers[0] not in numbers
+
+
 def test_keys_that_want_one_slot_get_one_each(monkeypatch):
     monkeypatch.setattr(bpe, "ODD", np.uint64(1))                                       # small keys all want slot 0
     table, keys = bpe.KeyTable(), np.arange(1, 300, dtype=np.uint64)
