@@ -631,7 +631,7 @@ def run(args: argparse.Namespace) -> None:
     source, out, lr = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}", args.lr or lr
     valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
     data = args.data or f"{home}/base/data/{data}"
-    model = model_py.load_hf(source, device=args.device, attention=model_py.sdpa_attention)
+    model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
