@@ -105,11 +105,12 @@ serve: $(READY)  ## vLLM on out/export (pip install vllm first)  ## CPU or GPU
 
 WARC ?=
 FILTERED = $(if $(WARC),out/data/crawl,out/data/filtered)
-data: $(READY)  ## a sample web archive (or WARC=, files or URLs) -> filter -> dedup -> out/data/train.npy  ## CPU, 1 min
+data: $(READY)  ## a sample web archive (or WARC=, files or URLs) -> filter -> dedup -> out/data/train.npy  ## CPU, 10 s
 	$(if $(WARC),,rm -rf out/data && $(PY) data_filter.py --sample out/data)
 	$(PY) data_filter.py $(or $(WARC),out/data/sample.warc.gz) --out $(FILTERED) \
 	  $(if $(WARC),,--keep-dropped 100000 --check out/data/expected.json) $(ARGS)
 	$(PY) dedup.py $(FILTERED) --out out/data/dedup --text out/data/train.txt
+	$(if $(WARC),,$(PY) data_filter.py --check out/data/expected.json --out out/data/dedup)
 	$(PY) bpe.py train --input out/data/train.txt --vocab-size 2048 --special '$(END)' --out out/data/tokenizer.json
 	$(PY) bpe.py encode --tokenizer out/data/tokenizer.json --input out/data/train.txt --out out/data/train.npy
 
@@ -127,7 +128,7 @@ data-ablation: data  ## one small model on raw and on filtered pages, scored on 
 
 # ---- scaling laws, tuning, reinforcement learning
 
-scaling: $(READY)  ## a sweep through the local training API, the fits, and the prediction put to the test  ## 2 CPU cores, 15 min
+scaling: $(READY)  ## a sweep through the local training API, the fits, and the prediction put to the test  ## 2 CPU cores, 11 min
 	$(PY) scaling.py run --backend train $(ARGS)
 
 sft: $(READY)  ## a base model, then supervised tuning on the arithmetic task (MODEL=, DATA= for a real one)  ## 2 CPU cores, 8 min
