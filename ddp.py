@@ -21,7 +21,8 @@ Run:        python ddp.py                                    two ranks on this C
               2.bias arrives
                  bucket 0 leaves
             python ddp.py --bench                            two ranks on this CPU, timed
-            torchrun --nproc-per-node 4 ddp.py --bench       one rank a GPU: the collectives, then a training step
+            torchrun --nproc-per-node 2 ddp.py --bench       one rank a GPU: the collectives, then a training step; on
+              two H200s, 2568 M parameters in bf16: 275.5 ms a step, torch's DDP 274.9, one rank alone 265.7
 """
 import argparse
 import contextlib
@@ -40,9 +41,7 @@ from torch import Tensor
 
 # Dims: N ranks, S bytes of one message, W bytes a second that a rank can send
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks: processes that know their number
+# ---------------------------------------------------------------------------- Ranks: processes that know their number
 
 def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0) -> tuple[int, int, torch.device]:
     """Joins the job that torchrun started and returns (rank, N, device).
@@ -71,13 +70,11 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
                             device_id=device if backend == "nccl" else None)
     return rank, world_size, device
 
-
 def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
     so that no port is taken. If one dies, the others are stopped and the exception names its rank."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_enter, (worker, world_size, os.path.join(folder, "meet"), args), world_size)
-
 
 def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None:  # twin: sharded_optim.py
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
@@ -87,7 +84,6 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
-
 
 def ring_all_reduce(tensor: Tensor, log=None) -> int:
     """Sums `tensor` over all ranks, in place, talking to the two neighbours only. Returns the bytes this rank sent.
@@ -115,9 +111,7 @@ def ring_all_reduce(tensor: Tensor, log=None) -> int:
     tensor.copy_(padded[:tensor.numel()].view(tensor.shape))
     return sent
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plain versions
+# ------------------------------------------------------------------------------------------------- The plain versions
 
 def broadcast_from_rank0(module: nn.Module) -> None:
     """Gives every rank rank 0's parameters and buffers: frozen ones too, tied ones once, any dtype and stride.
@@ -148,11 +142,9 @@ def broadcast_from_rank0(module: nn.Module) -> None:
         if not data.is_contiguous():                                           # then reshape made a copy
             data.copy_(raw.view(data.dtype).view(data.shape))
 
-
 def _all_reduce_mean(tensor: Tensor) -> None:
     dist.all_reduce(tensor)
     tensor.div_(dist.get_world_size())
-
 
 def all_reduce_naive(module: nn.Module) -> None:
     """Averages the gradients over the ranks: one all-reduce a parameter. Call after backward, before the step.
@@ -161,7 +153,6 @@ def all_reduce_naive(module: nn.Module) -> None:
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
             _all_reduce_mean(p.grad)
-
 
 def all_reduce_flat(module: nn.Module) -> None:
     """The same in one message a dtype: copy all gradients into one buffer, average it, copy them back."""
@@ -175,7 +166,6 @@ def all_reduce_flat(module: nn.Module) -> None:
         _all_reduce_mean(flat)
         for p, averaged in zip(parameters, flat.split([p.numel() for p in parameters])):
             p.grad.copy_(averaged.view(p.shape))
-
 
 class OverlappedDDP(nn.Module):
     """The gradient of the last layer is finished while backward still works on the ones before it: so send it at once.
@@ -208,9 +198,7 @@ class OverlappedDDP(nn.Module):
             grad.div_(dist.get_world_size())
         self._in_flight.clear()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The fast version
+# --------------------------------------------------------------------------------------------------- The fast version
 
 class _Bucket:
     """One buffer for the gradients of several parameters, which are views into it, and behind them a flag for each."""
@@ -238,7 +226,6 @@ class _Bucket:
                 raise ValueError(f"{self.names[i]} has a sparse gradient; build its embedding with sparse=False")
             view.copy_(grad)
             self.parameters[i].grad = view                                     # the fresh gradient's memory goes free
-
 
 class DDP(nn.Module):
     """Averages gradients bucket by bucket while backward still runs. The fast version of the three above.
@@ -328,7 +315,6 @@ class DDP(nn.Module):
             bucket.work, bucket.unused, bucket.arrived = None, [], set()
         self._next = 0
 
-
 def assign_buckets(module: nn.Module, bucket_bytes: float) -> list[list[tuple[str, nn.Parameter]]]:
     """Parameters that want gradients, in reverse registration order, which is about the order in which backward
     finishes them; cut whenever the next would push a bucket over `bucket_bytes`. A bucket holds one dtype."""
@@ -344,9 +330,7 @@ def assign_buckets(module: nn.Module, bucket_bytes: float) -> list[list[tuple[st
         open_bucket[p.dtype] = (bucket, filled + size)
     return buckets
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checks
+# ------------------------------------------------------------------------------------------------------------- Checks
 
 def _toy(seed: int = 0) -> nn.Module:
     """Tied weights, a frozen parameter, odd sizes."""
@@ -356,7 +340,6 @@ def _toy(seed: int = 0) -> nn.Module:
     model[5].bias.requires_grad_(False)
     return model
 
-
 def _train_toy(model: nn.Module, batches: list[Tensor], after_backward) -> list[Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x in batches:
@@ -365,7 +348,6 @@ def _train_toy(model: nn.Module, batches: list[Tensor], after_backward) -> list[
         after_backward(model)
         optimizer.step()
     return [p.detach().clone() for p in model.parameters()]
-
 
 def _check_worker(rank: int, world_size: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -396,11 +378,9 @@ def _check_worker(rank: int, world_size: int) -> None:
     if rank == 0:
         print("check:", "; ".join(results), "= one process, bit for bit, after 3 steps  OK")
 
-
 def self_check() -> None:
     """Two gloo ranks against one process. Raises (in the parent) if any version's parameters differ in a single bit."""
     spawn(_check_worker, 2)
-
 
 def _walk_worker(rank: int, world_size: int) -> None:
     def say(text: str) -> None:                              # one rank at a time, in order
@@ -450,9 +430,7 @@ def _walk_worker(rank: int, world_size: int) -> None:
     title("\n".join(events))
     _check_worker(rank, world_size)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bench
+# -------------------------------------------------------------------------------------------------------------- Bench
 
 def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float]:  # twin: sharded_optim.py
     """Median over the repeats (after two to warm up) of the slowest rank's time, and the spread (max - min)."""
@@ -465,7 +443,6 @@ def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float
         times[i] = time.perf_counter() - start
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
     return times[2:].median().item(), (times[2:].max() - times[2:].min()).item()
-
 
 def bench_collectives(device: torch.device, max_mb: int, link_gb_s: float | None) -> None:
     """All-reduce, all-gather, reduce-scatter, broadcast from 1 MB up by factors of 4. S is the whole message: what each
@@ -497,14 +474,12 @@ def bench_collectives(device: torch.device, max_mb: int, link_gb_s: float | None
             print(f"{name:15s} {S / 1e6:8.0f} {seconds * 1e3:9.3f} {spread * 1e3:8.3f} "
                   f"{factor * S / seconds / 1e9:9.2f} {bound * 1e3:9.3f} {bound / seconds:9.0%}")
 
-
 def _transformer(width: int, layers: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     with torch.device(device):
         blocks = [nn.TransformerEncoderLayer(width, max(1, width // 128), 4 * width, 0.0, nn.functional.gelu,
                                              batch_first=True, norm_first=True, bias=False) for _ in range(layers)]
         ends = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size, bias=False)
         return nn.Sequential(ends[0], *blocks, ends[1]).to(dtype)
-
 
 def bench_ddp(device: torch.device, width: int, layers: int, batch: int, length: int, repeats: int) -> None:
     """One training step (fused AdamW on a GPU) with each version and torch's own DDP, on the same weights' shapes.
@@ -568,7 +543,6 @@ def bench_ddp(device: torch.device, width: int, layers: int, batch: int, length:
             print(f"{name:22s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {(seconds - base) * 1e3:9.1f} {comm} "
                   f"{base / seconds:13.3f}", flush=True)
 
-
 def bench(rank: int, world_size: int, device: torch.device, args: argparse.Namespace) -> None:
     """Both tables. Without torchrun: two gloo ranks on this CPU, with small sizes."""
     large = device.type == "cuda"
@@ -578,10 +552,8 @@ def bench(rank: int, world_size: int, device: torch.device, args: argparse.Names
         bench_ddp(device, args.width or (2560 if large else 128), args.layers or (32 if large else 4),
                   args.batch or (8 if large else 2), args.length or (1024 if large else 64), args.repeats)
 
-
 def _bench_worker(rank: int, world_size: int, args: argparse.Namespace) -> None:
     bench(rank, world_size, torch.device("cpu"), args)
-
 
 def main() -> int:
     """Explains and checks, or times. Under torchrun: one rank a process."""
