@@ -9,7 +9,6 @@ Deviations: normalises before each sub-layer and once at the end (in 2017: after
 Copy:       this file alone; needs torch (triton only for linear_cross_entropy(backend="triton")). MIT.
 Run:        python model.py
             RoPE turns (1, 0) at positions 0, 1, 2 into (1.00, 0.00), (0.54, 0.84), (-0.42, 0.91)
-            ids (1, 6) -> hidden (1, 6, 32) -> logits (1, 6, 50), loss 4.50 nats; knowing nothing costs log 50 = 3.91
             XL      2,127,057,600   4.51   22.3%    7.1%   66.9%    3.6%             244                 92.8
             every two ways to the same numbers agree to 1.3e-06  OK
 """
@@ -68,15 +67,15 @@ class ModelConfig:
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0 or value is None and name in _DERIVED):
                 raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
-        for name, allowed in (("norm", ("pre", "post", "none")), ("positions", ("rope", "none")),
-                              ("ffn", ("swiglu", "silu")), ("rope_layout", ("interleaved", "half"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name, allowed in (("norm", "pre post none"), ("positions", "rope none"), ("ffn", "swiglu silu"),
+                              ("rope_layout", "interleaved half")):
+            if getattr(self, name) not in allowed.split():
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} does not divide into {self.num_heads} heads; or give head_dim")
         d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(8 * self.d_model / 3 / 64) * 64)
         for name, value in zip(_DERIVED, (self.num_heads, self.d_model // self.num_heads, d_ff)):
-            object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
+            object.__setattr__(self, name, getattr(self, name) or value)
         object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))     # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
@@ -132,9 +131,8 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(d_model, d_ff) if gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.w3 is None:
-            return self.w2(silu(self.w1(x)))
-        return self.w2(silu(self.w1(x)) * self.w3(x))                       # (..., F) inside
+        gate = silu(self.w1(x))                                             # (..., F)
+        return self.w2(gate if self.w3 is None else gate * self.w3(x))
 
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the i-th pair of x at position p by the angle p * theta^(-2i/d_k), so that the dot product of a query and
@@ -232,9 +230,8 @@ class CausalSelfAttention(nn.Module):
         self.rope, self.attention = rope, attention or plain_attention
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, attend=None) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim))                             # (..., T, H or G, K)
-                   for layer in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)                                              # (..., T, H or G, K)
         if self.rope is not None:                        # before the transpose: gradients then come out in memory order
             q, k = self.rope(q, token_positions, heads_inside=True), self.rope(k, token_positions, heads_inside=True)
         q, k, v = (y.transpose(-3, -2) for y in (q, k, v))                                 # (..., H or G, T, K)
@@ -327,8 +324,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     """cross_entropy(hidden @ weight.T, targets) without ever holding the (N, V) logits.
 
     A chunk of rows is turned into logits, these into their own gradient (softmax - onehot) where they lie, and that at
-    once into the gradients of hidden and weight, which the backward pass only scales: the three matrix products that
-    must be, and the memory of one chunk and two gradients.
+    once into the gradients of hidden and weight, which the backward pass only scales.
 
     hidden (..., D), weight (V, D), targets (...) int. Products are in hidden's dtype, or autocast's; softmax, loss and
     the sum of weight's gradient in fp32. backend: "torch", or "triton" for one kernel per chunk between the products
@@ -439,8 +435,8 @@ if triton is not None:
 
 class KVCache:
     """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text. The
-    first pass, over the prompts, leaves num_samples copies of each, with room for `capacity` positions. `positions` (R,)
-    says where each row's new token goes after that, and none lies behind `visible` (None: decode_attention looks)."""
+    first pass, over the prompts, leaves num_samples copies of each, with room for `capacity` positions. After that,
+    `positions` (R,) says where each new token goes, and none lies behind `visible` (None: decode_attention looks)."""
     def __init__(self, num_layers: int, num_samples: int, capacity: int):
         self.layers, self.num_samples, self.capacity = [None] * num_layers, num_samples, capacity
         self.positions = self.visible = None
@@ -628,11 +624,8 @@ def count_parameters(model: ModelConfig | nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
-    """FLOPs of the matrix products in one forward pass over one sequence, by component and in "total".
-
-    A product (m, k) x (k, n) is 2mkn. Attention is counted in full, not halved for causality; a training step is three
-    times the total. Example: GPT-2 XL with SwiGLU at 1024 tokens -> total 4.51e12
-    """
+    """FLOPs of the matrix products in one forward pass over one sequence, by component and in "total": 2mkn for
+    (m, k) x (k, n), attention in full, not halved for causality. A training step is three times the total."""
     c, T = config, seq_len
     widths = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim     # of q and output, k and v
     flops = {"attention projections": c.num_layers * 2 * T * c.d_model * widths,
@@ -824,10 +817,9 @@ def bench(device: str) -> None:
     cuda, full = device == "cuda", lambda h, w, y: cross_entropy(h @ w.T, y)
     N, V, D, dtype = (65536, 50304, 768, torch.bfloat16) if cuda else (2048, 8192, 256, torch.float32)
     print(f"{N} rows, V {V}, D {D}, {dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}")
-    ways = {"full logits": full, "chunks, torch": linear_cross_entropy}
-    if cuda:
-        ways |= {"full logits, compiled": torch.compile(full, dynamic=False),
-                 "chunks, triton": functools.partial(linear_cross_entropy, backend="triton")}
+    ways = {"full logits": full, "chunks, torch": linear_cross_entropy} if not cuda else {
+        "full logits, compiled": torch.compile(full, dynamic=False),
+        "chunks, triton": functools.partial(linear_cross_entropy, backend="triton")}
     h, w = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((N, D), (V, D)))
     y = torch.randint(V, (N,), device=device)
     for name, loss in ways.items():
@@ -849,9 +841,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.bench:
         bench(args.device)
-        return 0
-    walk_through()
-    print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
+    else:
+        walk_through()
+        print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
     return 0
 
 
