@@ -537,9 +537,8 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
                        ("decode", decode is not None or not stop_strings)):
         if not fine:
             raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
-    if graph and not (cuda and triton is not None and use_cache and K >= 16 and K & (K - 1) == 0):
-        raise ValueError("graph=True needs a GPU, Triton, the cache and a head_dim that is a power of 2 from 16 on; "
-                         f"this is {device} with head_dim {K}")
+    if graph and not (cuda and triton is not None and use_cache and K in (16, 32, 64, 128, 256)):
+        raise ValueError(f"graph=True needs a GPU, Triton, the cache, head_dim 16, 32, ... 256; not {device}, {K}")
     if not prompts:
         return []
     kept = max(context + 1 - max_new_tokens, (context + 1) // 2)
@@ -591,8 +590,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
         if not going:
             break
         if len(going) <= (0.5 if graph else 0.9) * len(live):    # the cache is too dear to copy for one row
-            going, recorded = torch.tensor(going, device=device), None
-            live, ends = live[going], ends[going]
+            live, ends, recorded = live[going], ends[going], None
             for i, pair in enumerate(cache.layers if use_cache else ()):
                 cache.layers[i] = [x[going] for x in pair]
     for s, row in zip(samples, log_probs.tolist()):
