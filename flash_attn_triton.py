@@ -652,6 +652,7 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
                 print(f"{K:4d} {T:6d} {B:4d} {part:8}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
 
 def main() -> int:
+    """The command line. Returns: the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bench", action="store_true", help="time the versions side by side (whole grid: minutes)")

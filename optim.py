@@ -465,6 +465,7 @@ def bench(device: str = "cpu", repeats: int = 20) -> None:
 
 
 def main() -> int:
+    """The command line. Returns: the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bench", action="store_true", help="time the optimizers side by side")

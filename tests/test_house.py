@@ -1,12 +1,10 @@
 """The rules of the house: twelve files, each a leaf that works when it is copied alone, and twins that stay alike."""
 import ast
-import io
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TWELVE = "bpe model optim train flash_attn_triton ddp sharded_optim scaling data_filter dedup sft grpo".split()
 FILES = [name for name in TWELVE if (ROOT / f"{name}.py").exists()]
+LONG = {"bpe": 850, "model": 850, "train": 850, "scaling": 800, "sharded_optim": 750, "data_filter": 970}   # to be cut
 DRIVERS = {"train", "scaling", "sft", "grpo"}
 PACKAGES = {"torch", "triton", "numpy", "regex", "vllm", "matplotlib"} | set(sys.stdlib_module_names)
 
@@ -41,18 +40,7 @@ def test_imports(name):
     siblings = imports(tree) & set(TWELVE)
     assert not siblings or name in DRIVERS, f"{name} is a leaf, and imports {siblings}"
     assert imports(tree) - siblings <= PACKAGES, "a package that is not on the list"
-    assert "matplotlib" not in imports(top) and "vllm" not in imports(top), "an optional package is imported at module level"
-
-
-def code_lines(text: str) -> int:
-    """Lines that hold code: no blank ones, no comments, no docstrings."""
-    lines = {token.start[0] + i for token in tokenize.generate_tokens(io.StringIO(text).readline)
-             if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-                                   tokenize.ENDMARKER) for i in range(token.end[0] - token.start[0] + 1)}
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
+    assert not {"matplotlib", "vllm"} & imports(top), "an optional package is imported at module level"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,23 +52,31 @@ def test_form(name):
         assert part in docstring, f"the docstring of {name} has no {part}"
     long = [i for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
     assert not long, f"lines over 120 columns: {long[:5]}"
-    assert code_lines(text) <= 800, "a file is one sitting: 500 lines of code are the aim, 800 too many"
+    lines = text.count("\n")
+    assert lines < LONG.get(name, 700), f"{lines} lines; a file is one sitting: 500 are the aim, 700 too many"
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name != "main":
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{name}.{node.name} has no docstring"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_columns_of_tests(path):
+    long = [i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    assert not long, f"lines over 120 columns: {long[:5]}"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_copied_alone(name, tmp_path):
-    """The file in an empty folder: importing it prints nothing and needs no sibling; leaves pass their own self-check."""
+    """The file in an empty folder: importing it prints nothing and needs no sibling; leaves pass their self-check."""
     shutil.copy(ROOT / f"{name}.py", tmp_path)
     code = f"import {name}\n" + (f"{name}.self_check()\n" if name not in DRIVERS else "")
     environment = {**os.environ, "PYTHONPATH": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if name != "flash_attn_triton":
         environment.pop("TRITON_INTERPRET")
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], **options)
     assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], **options)
     assert done.returncode == 0, done.stderr
 
 
@@ -100,8 +96,8 @@ def test_twins_are_alike():
             if mark := re.search(r"(?:def|class) (\w+).*# twin: (\w+)\.py", line):
                 function, other = mark.groups()
                 assert function in functions(other), f"{name}.{function} says it has a twin in {other}.py"
-                assert body_without_docstring(functions(name)[function]) == body_without_docstring(functions(other)[function]), \
-                    f"the twins {name}.{function} and {other}.{function} have grown apart"
+                mine, theirs = (body_without_docstring(functions(file)[function]) for file in (name, other))
+                assert mine == theirs, f"the twins {name}.{function} and {other}.{function} have grown apart"
 
 
 def test_speaks_of_itself_alone():
