@@ -70,6 +70,14 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
                             device_id=device if backend == "nccl" else None)
     return rank, world_size, device
 
+def end_distributed(code: int = 0) -> None:
+    """Ends this rank's process with the exit code, without the interpreter's own end, which gloo's threads may outlive:
+    they then abort a process that had done its work."""
+    if dist.get_backend() == "nccl":
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code)
+
 def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
     so that no port is taken. If one dies, the others are stopped and the exception names its rank."""
@@ -568,17 +576,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, help="of the model that --bench trains; batch, length: per rank")
     args = parser.parse_args()
     if "RANK" in os.environ:                                                   # torchrun started this process
+        if not args.bench:
+            parser.error("under torchrun use --bench; the walk-through starts its own two ranks")
         try:
             rank, world_size, device = init_distributed(args.backend)
         except ValueError as error:
             parser.error(str(error))
-        try:
-            if args.bench:
-                bench(rank, world_size, device, args)
-            else:
-                parser.error("under torchrun use --bench; the walk-through starts its own two ranks")
-        finally:
-            dist.destroy_process_group()
+        bench(rank, world_size, device, args)
+        end_distributed()
     elif args.bench:
         spawn(_bench_worker, 2, args)
     else:

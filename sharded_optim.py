@@ -734,7 +734,10 @@ def main() -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
         bench(dist.get_rank(), dist.get_world_size(), args)
-        dist.destroy_process_group()
+        if cuda:
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)                                     # gloo's threads may outlive the interpreter and abort it
     else:
         spawn(bench, 2, args) if args.bench else self_check()
     return 0

@@ -815,6 +815,7 @@ def main() -> int:
     args = parser.parse_args()
     if given.warmup_steps is None:                        # a shorter run warms up for a shorter time
         args.warmup_steps = min(args.warmup_steps, args.steps // 10)
+    code = 0
     try:
         if args.action == "corpus":
             print(gather_corpus(args.folders[0] if args.folders else "out/corpus"))
@@ -836,11 +837,11 @@ def main() -> int:
             print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
     except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        code = getattr(error, "code", 2)
+    if torch.distributed.is_initialized():
+        import ddp
+        ddp.end_distributed(code)
+    return code
 
 
 if __name__ == "__main__":
