@@ -33,6 +33,8 @@ import os
 import sys
 import tempfile
 import time
+import traceback
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -62,21 +64,57 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
                              "lower --nproc-per-node, or choose the gloo backend")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:         # all ranks are here: no name to look up
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    # torchrun keeps its store over a restart: without a prefix, ranks would read the addresses of the dead.
-    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(_meet(store, rank, world_size, timeout_seconds), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout,
                             device_id=device if backend == "nccl" else None)
     return rank, world_size, device
 
-def end_distributed(code: int = 0) -> None:
-    """Ends this rank's process with the exit code, without the interpreter's own end, which gloo's threads may outlive:
-    they then abort a process that had done its work."""
-    if dist.get_backend() == "nccl":
-        dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(code)
+def _meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
+    """A name that the ranks of this start have in common, and no earlier start: torchrun keeps its store over a restart,
+    with the addresses of the dead in it, and over several hosts the restart counts of its agents may differ.
+
+    Rank 0 answers every greeting that it finds. One from the dead it answers in vain; then the living one replaces it.
+    """
+    me = uuid.uuid4().hex
+    if rank:
+        store.set(f"greeting {rank}", me)
+        name = store.get(f"answer to {me}").decode()                           # waits
+        store.set(f"{name} met {rank}", "")
+        return name
+    absent, deadline = set(range(1, world_size)), time.monotonic() + timeout_seconds
+    while absent:
+        for r in absent:
+            if store.check([f"greeting {r}"]):
+                store.set("answer to " + store.get(f"greeting {r}").decode(), me)
+        time.sleep(0.01)
+        absent = {r for r in absent if not store.check([f"{me} met {r}"])}
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(absent)} did not come within {timeout_seconds:.0f} s")
+    return me
+
+def run_rank(work, *args) -> None:  # twin: sharded_optim.py
+    """Calls work(*args) and ends this process with the exit code that it returns (None: 0), or with 1 after an error.
+
+    It does not end through the interpreter. There a gloo thread that still has a tensor to let go of asks for the
+    interpreter's lock, gets none and aborts the process; and destroy_process_group() need not have ended those threads:
+    torch.optim imports torch._dynamo, which keeps the group. A rank that failed waits before it goes: most often it
+    lost a peer, and the launcher names the rank that it sees ending first, so that has to be the peer.
+    """
+    code = 1
+    try:
+        code = work(*args) or 0
+        if code == 0 and dist.get_backend() == "nccl":
+            dist.destroy_process_group()
+    except Exception:
+        traceback.print_exc()
+        time.sleep(10)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
@@ -88,10 +126,7 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    worker(rank, world_size, *args)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
+    run_rank(worker, rank, world_size, *args)
 
 def ring_all_reduce(tensor: Tensor, log=None) -> int:
     """Sums `tensor` over all ranks, in place, talking to the two neighbours only. Returns the bytes this rank sent.
@@ -582,8 +617,7 @@ def main() -> int:
             rank, world_size, device = init_distributed(args.backend)
         except ValueError as error:
             parser.error(str(error))
-        bench(rank, world_size, device, args)
-        end_distributed()
+        run_rank(bench, rank, world_size, device, args)
     elif args.bench:
         spawn(_bench_worker, 2, args)
     else:

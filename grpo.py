@@ -259,7 +259,7 @@ def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequ
         return masked_mean(per_token, mask)
     if length_normalization == "constant" and normalize_constant:
         return per_token.masked_fill(~mask.bool(), 0).sum(-1).div(normalize_constant).mean()
-    raise ValueError(f"{length_normalization!r} is neither sequence, token, nor constant with a positive constant")
+    raise ValueError(f"length_normalization {length_normalization!r}: not sequence, token, or constant with a constant")
 
 def grpo_microbatch_train_step(
         policy_log_probs: Tensor, response_mask: Tensor, gradient_accumulation_steps: float, loss_type: str,

@@ -14,7 +14,6 @@ Run:        python model.py
 """
 import argparse
 import functools
-import glob
 import json
 import math
 import os
@@ -649,20 +648,18 @@ def read_safetensors(path) -> dict[str, Tensor]:
 
     Raises: ValueError (or what JSON and look-ups raise) for a file that is cut off or no safetensors at all.
     """
-    path, size, tensors, end = os.fspath(path), os.path.getsize(path), {}, 0
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8)) if start < size else {}
+    data = torch.from_file(os.fspath(path), size=os.path.getsize(path), dtype=torch.uint8)
+    start = 8 + int.from_bytes(bytes(data[:8].numpy()), "little")
+    header, data, tensors, end = json.loads(bytes(data.numpy()[8:start])), data[min(start, len(data)):], {}, 0
     header.pop("__metadata__", None)
-    data = torch.from_file(path, size=size, dtype=torch.uint8)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (low, high) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if low != end or min(shape, default=0) < 0 or high - low != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: {name} {shape} does not fit bytes {low} to {high}")
-        raw, end = data[start + low:start + high], high
-        tensors[name] = (raw.clone() if (start + low) % dtype.itemsize else raw).view(dtype).view(shape)
-    if start + end != size:
-        raise ValueError(f"{path} is cut off, or no safetensors: {start + end} bytes expected, {size} there")
+        if low != end or high - low != math.prod(shape) * dtype.itemsize or high > len(data):
+            raise ValueError(f"{path}: {name} {shape} does not fit bytes {low} to {high} of {len(data)}; cut off?")
+        raw, end = data[low:high], high
+        tensors[name] = (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype).view(shape)
+    if end != len(data):
+        raise ValueError(f"{path} has {len(data) - end} bytes behind its last tensor")
     return tensors
 
 def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
@@ -678,6 +675,11 @@ def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
         for x in tensors.values():
             file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
+def _named_as_hf(model: TransformerLM):
+    """(our name, their name, parameter), one that is shared only once."""
+    for name, x in model.named_parameters():
+        yield name, ".".join(HF_NAMES.get(part, part) for part in name.split(".")), x
+
 def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **options) -> TransformerLM:
     """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form: config.json and model*.safetensors, any number.
 
@@ -687,19 +689,17 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
     tensors, state = {}, {}
     try:
         config = _config_from_hf(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
-        for shard in sorted(glob.glob("model*.safetensors", root_dir=directory)):
-            tensors |= read_safetensors(os.path.join(directory, shard))
+        for shard in sorted(Path(directory).glob("model*.safetensors")):
+            tensors |= read_safetensors(shard)
         with torch.device("meta"):                               # no time is spent on random weights
             model = TransformerLM(config, **options)
-        for name, empty in model.state_dict().items():
-            theirs = ".".join(HF_NAMES.get(part, part) for part in name.split("."))
+        for name, theirs, empty in _named_as_hf(model):
             x = tensors.pop(theirs, None)
-            if name != "lm_head.weight" or not config.tie_embeddings:
-                if x is None or x.shape != empty.shape or not x.is_floating_point():
-                    found = "missing" if x is None else (*x.shape, x.dtype)
-                    raise ValueError(f"{theirs} should be {tuple(empty.shape)} and is {found}")
-                state[name] = x.to(device, dtype, copy=True)
-        if foreign := [name for name in tensors if not name.endswith("rotary_emb.inv_freq")]:
+            if x is None or x.shape != empty.shape or not x.is_floating_point():
+                found = "missing" if x is None else (*x.shape, x.dtype)
+                raise ValueError(f"{theirs} should be {tuple(empty.shape)} and is {found}")
+            state[name] = x.to(device, dtype, copy=True)
+        if foreign := [name for name in tensors if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]:
             raise ValueError(f"{foreign[0]} has no place in a model of this config.json")
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{directory} is no whole Llama, Qwen2 or Qwen3 checkpoint in config.json and .safetensors: "
@@ -731,17 +731,16 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
     Interleaved RoPE becomes the half-split one by reordering the rows of q and k: the same model in other coordinates.
     tokenizer: written by its .save(path). Raises: ValueError for a model that Llama, Qwen2 and Qwen3 cannot express.
     """
-    c, tensors = model.config, {}
+    c, tensors, directory = model.config, {}, Path(directory)
     if (c.norm, c.positions, c.ffn) != ("pre", "rope", "swiglu") or (c.qk_norm and c.qkv_bias):
         raise ValueError("Llama, Qwen2 and Qwen3 have pre-norm, RoPE and SwiGLU, and q/k norm or q/k/v bias, not both; "
                          f"this model has norm {c.norm}, positions {c.positions}, ffn {c.ffn}")
-    if glob.glob("model-*.safetensors", root_dir=directory):
+    if any(directory.glob("model-*.safetensors")):
         raise ValueError(f"{directory} holds a checkpoint in shards, which would mix with this one; save elsewhere")
-    for name, x in model.state_dict().items():
+    for name, theirs, x in _named_as_hf(model):
         if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
             x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)    # pair (0, 1) to (0, K/2)
-        if name != "lm_head.weight" or not c.tie_embeddings:
-            tensors[".".join(HF_NAMES.get(part, part) for part in name.split("."))] = x
+        tensors[theirs] = x
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling))
     texts = {"config.json": {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
@@ -749,18 +748,18 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
         "attention_bias": False, "tie_word_embeddings": c.tie_embeddings, "torch_dtype": str(x.dtype).split(".")[1],
         "rope_theta": c.rope_theta, "rope_scaling": rope if c.rope_scaling else None,
         "rope_parameters": rope | {"rope_theta": c.rope_theta}}}      # transformers 5 reads this, others the two above
-    os.makedirs(directory, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
         if tokenizer is not None:
             end = "<|endoftext|>" if "<|endoftext|>" in tokenizer.special_tokens else None
             texts["config.json"]["eos_token_id"] = tokenizer.special_tokens.get(end)
             texts["tokenizer_config.json"] = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-            tokenizer.save(os.path.join(temporary, "tokenizer.json"))
-        write_safetensors(os.path.join(temporary, "model.safetensors"), tensors)
+            tokenizer.save(f"{temporary}/tokenizer.json")
+        write_safetensors(f"{temporary}/model.safetensors", tensors)
         for name, value in texts.items():
             Path(temporary, name).write_text(json.dumps(value, indent=2), encoding="utf-8")
-        for name in os.listdir(temporary):
-            os.replace(os.path.join(temporary, name), os.path.join(directory, name))
+        for path in Path(temporary).iterdir():
+            path.replace(directory / path.name)
 
 # ------------------------------------------------------------------------------------------------------ to see it work
 

@@ -29,6 +29,7 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterable
 
@@ -38,6 +39,22 @@ import torch.nn as nn
 from torch import Tensor
 
 # Dims: N ranks, P parameters (elements), s elements of one rank's shard = ceil(numel / N)
+
+def run_rank(work, *args) -> None:  # twin: ddp.py
+    """Calls work(*args) and ends this process with the exit code that it returns (None: 0), or with 1 after an error:
+    not through the interpreter, where gloo's threads, which torch._dynamo keeps alive, may abort it. A rank that failed
+    waits, so that the launcher first sees, and names, the peer whose loss may have been the reason."""
+    code = 1
+    try:
+        code = work(*args) or 0
+        if code == 0 and dist.get_backend() == "nccl":
+            dist.destroy_process_group()
+    except Exception:
+        traceback.print_exc()
+        time.sleep(10)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 def spawn(worker, world_size: int, *args) -> None:  # twin: ddp.py
     """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
@@ -49,10 +66,7 @@ def _enter(rank: int, worker, world_size: int, path: str, args: tuple) -> None: 
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")   # all ranks are here
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size)
-    worker(rank, world_size, *args)
-    dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)                                         # gloo's threads may outlive the interpreter and abort it
+    run_rank(worker, rank, world_size, *args)
 
 def _broadcast(t: Tensor, source: int, async_op: bool = False) -> dist.Work | None:
     """Any dtype and stride: collectives want contiguous tensors and know few dtypes, so what they get are bytes."""
@@ -733,11 +747,7 @@ def main() -> int:
         if cuda := torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
-        bench(dist.get_rank(), dist.get_world_size(), args)
-        if cuda:
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)                                     # gloo's threads may outlive the interpreter and abort it
+        run_rank(bench, dist.get_rank(), dist.get_world_size(), args)
     else:
         spawn(bench, 2, args) if args.bench else self_check()
     return 0

@@ -306,7 +306,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     starts = evaluation_starts(valid_tokens, T, config.eval_windows)
     last, journal = Path(run_dir) / "last.pt" if run_dir is not None else None, None
     first = saved = seconds_before = 0
-    if resume and last and last.exists():
+    resume = resume and last is not None and last.exists()
+    if largest_of_ranks(resume, device) if many else resume:                 # or some would go on and others begin
         state = read_checkpoint(last)
         if sharded:
             parallel.load_full_state_dict(state["model"])
@@ -815,7 +816,13 @@ def main() -> int:
     args = parser.parse_args()
     if given.warmup_steps is None:                        # a shorter run warms up for a shorter time
         args.warmup_steps = min(args.warmup_steps, args.steps // 10)
-    code = 0
+    if args.parallel == "none":
+        return act(args)
+    import ddp
+    ddp.run_rank(act, args)
+
+def act(args: argparse.Namespace) -> int:
+    """Does what the flags ask and returns the exit status: 2 for a caller's mistake, that of the signal for a stop."""
     try:
         if args.action == "corpus":
             print(gather_corpus(args.folders[0] if args.folders else "out/corpus"))
@@ -837,11 +844,8 @@ def main() -> int:
             print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
     except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
-        code = getattr(error, "code", 2)
-    if torch.distributed.is_initialized():
-        import ddp
-        ddp.end_distributed(code)
-    return code
+        return getattr(error, "code", 2)
+    return 0
 
 
 if __name__ == "__main__":

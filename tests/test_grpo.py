@@ -251,7 +251,7 @@ def test_on_policy_clip_loss_has_reinforce_gradient():
         (dict(advantages=torch.ones(3)), "size 3"),
         (dict(cliprange=-0.1), "cliprange"),
         (dict(length_normalization="mean"), "length_normalization"),
-        (dict(length_normalization="constant"), "positive constant"),
+        (dict(length_normalization="constant"), "constant with a constant"),
     ],
 )
 def test_bad_arguments_of_the_step(change, message):
