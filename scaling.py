@@ -17,21 +17,8 @@ Run:        python scaling.py                          the fits on made-up runs,
             python scaling.py serve &                  then ask it with the course's client, `sweep`, curl or `query`:
             scaling.py query d_model=512 num_layers=8 num_heads=8 batch_size=128 train_flops=1e15 learning_rate=1e-3
 """
-from __future__ import annotations
-
-import argparse
-import json
-import math
-import multiprocessing
-import os
-import socket
-import sqlite3
-import sys
-import threading
-import time
-import timeit
+import argparse, json, math, multiprocessing, os, socket, sqlite3, sys, threading, time, timeit, warnings
 import urllib.request
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -711,7 +698,8 @@ def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
 def run(args) -> int:
     """The main job: sweep, fit, predict 8 times the largest budget, train that. Returns: 0 when --within the bar.
 
-    The prediction is the parametric law's. All errors seen are above 0: so short a sweep puts the floor E too high.
+    Predicted is the middle of two bounds. Above: the parametric law, as a short sweep puts the floor E too high. Below:
+    a power law through the vertices of the two largest budgets, as towards the floor the loss falls ever slower.
     """
     began, folder, C = time.perf_counter(), args.out / f"{args.backend}-seed{args.seed}", 8 * max(args.budgets)
     server = make_server(args, HOME, folder, 0)
@@ -720,9 +708,11 @@ def run(args) -> int:
     wanted, queries = float(fit_power_law(best.C, best.N)(C)), plan(args, [C], range(8, 1025, 8), at_a_budget=128)
     size = lambda query: server.backend.count_parameters(server.backend.translate(query, 0)["architecture_config"])
     query = min(queries, key=lambda query: abs(math.log(size(query) / wanted)))
-    predicted = float(law(size(query), C / (6 * size(query))))
+    high, low = float(law(size(query), C / (6 * size(query)))), float(fit_power_law(best.C[-2:], best.loss[-2:])(C))
+    predicted = (low + high) / 2
     print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model "
-          f"{query['d_model']} has {size(query)}, and will reach {predicted:.4f}. Training it", flush=True)
+          f"{query['d_model']} has {size(query)}, will reach {predicted:.4f} ({low:.4f} to {high:.4f}). Training it",
+          flush=True)
     reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
     error, seconds = predicted / reached - 1, time.perf_counter() - began
     print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar {args.within:.0%}: "
