@@ -51,7 +51,7 @@ def run_rank(work, *args) -> None:  # twin: ddp.py
             dist.destroy_process_group()
     except Exception:
         traceback.print_exc()
-        time.sleep(10)
+        time.sleep(5)
     finally:
         sys.stdout.flush()
         os._exit(code)

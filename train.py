@@ -338,6 +338,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
                             seconds=time.perf_counter() - began, train_config=dataclasses.asdict(config),
                             **(more_state or {}))
+        if many:                                          # no rank leaves, and has the launcher end the job, before that
+            largest_of_ranks(0, device)
         saved = step
 
     caught: list[int] = []                                # signals, acted on between two steps

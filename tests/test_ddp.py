@@ -1,5 +1,6 @@
 """ddp.py against one process, against torch's own DDP (a fixture), and against callers' mistakes, on two gloo ranks."""
 import ast
+import atexit
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import ddp
 
 FIXTURES = Path(__file__).parent / "fixtures"
 ROOT = Path(ddp.__file__).resolve().parent
+PATIENCE = 600                      # seconds: only what hangs takes so long, on however busy a machine
 
 
 # ---- two processes that stay for a whole file, so that torch is imported once a rank ----
@@ -28,7 +31,7 @@ def _serve(rank, world_size, path, connection):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=60))
+                            timeout=timedelta(seconds=PATIENCE))
     while (job := connection.recv()) is not None:
         function, args = job
         try:
@@ -53,25 +56,31 @@ class Ranks:
                           for r, (_, theirs) in enumerate(pipes)]
         for process in self.processes:
             process.start()
+        for _, theirs in pipes:
+            theirs.close()                                             # else a rank's death would not end our end
 
     def __call__(self, function, *args):
         if not self.processes:
             self._start()
         for connection in self.connections:
             connection.send((function, args))
-        results, deadline = [None] * self.world_size, time.monotonic() + 90
+        results, deadline = [None] * self.world_size, time.monotonic() + PATIENCE
         waiting = set(range(self.world_size))
         while waiting:
             for r in list(waiting):
                 if self.connections[r].poll(0.005):
-                    ok, results[r] = self.connections[r].recv()
+                    try:
+                        ok, results[r] = self.connections[r].recv()
+                    except EOFError:
+                        self.processes[r].join()
+                        ok, results[r] = False, f"died, exit code {self.processes[r].exitcode}"
                     waiting.discard(r)
                     if not ok:
                         self.stop()                                    # the other rank may be waiting for this one
                         pytest.fail(f"rank {r}:\n{results[r]}")
             if time.monotonic() > deadline:
                 self.stop()
-                pytest.fail(f"ranks {sorted(waiting)} gave no answer for 90 s")
+                pytest.fail(f"ranks {sorted(waiting)} gave no answer for {PATIENCE} s")
         return results
 
     def stop(self):
@@ -402,9 +411,47 @@ def test_a_killed_rank_ends_the_job_with_its_number():
         ddp.spawn(die_in_the_middle, 2)
 
 
+def fail_on_one(rank, world_size):
+    if rank == 1:
+        raise AssertionError("of rank one")
+    dist.barrier()                                                     # ends when the other rank's end has gone
+
+
+def test_a_rank_that_fails_is_named_before_the_one_that_waits_for_it(capfd):
+    with pytest.raises(Exception, match="process 1 terminated with exit code 1"):
+        ddp.spawn(fail_on_one, 2)
+    assert "AssertionError: of rank one" in capfd.readouterr().err
+
+
+def leave_traces(rank, world_size, folder):
+    atexit.register(Path(folder, f"interpreter {rank}").touch)         # what the interpreter does when it ends
+    Path(folder, f"work {rank}").touch()
+
+
+def test_a_rank_does_not_end_through_the_interpreter(tmp_path):
+    """There gloo's threads, which torch._dynamo keeps alive, would ask for a lock that is gone, and abort the process."""
+    ddp.spawn(leave_traces, 2, str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["work 0", "work 1"]
+
+
+def test_ranks_meet_in_a_store_full_of_the_dead():
+    """Two starts that died at any stage have left greetings, answers and a name that was agreed on."""
+    store = dist.HashStore()
+    for r, greeting in ((1, "dead"), (2, "dead too")):
+        store.set(f"greeting {r}", greeting)
+    store.set("answer to dead", "old"), store.set("old met 1", ""), store.set("old met 2", "")
+    with ThreadPoolExecutor(3) as pool:
+        for start in range(3):
+            names = [pool.submit(ddp._meet, store, rank, 3, PATIENCE) for rank in (0, 2, 1)]
+            names = {name.result() for name in names}
+            assert len(names) == 1 and not names & {"old", "dead", "dead too"}
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not come"):
+        ddp._meet(store, 0, 2, 0.0)
+
+
 def test_command_line():
     run = lambda *args, **env: subprocess.run([sys.executable, str(ROOT / "ddp.py"), *args], capture_output=True,
-                                              text=True, env={**os.environ, **env}, timeout=120)
+                                              text=True, env={**os.environ, **env}, timeout=PATIENCE)
     explained = run()
     assert explained.returncode == 0, explained.stderr
     assert "bit for bit" in explained.stdout and "bucket 0 leaves" in explained.stdout
