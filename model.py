@@ -13,13 +13,12 @@ Run:        python model.py
             every two ways to the same numbers agree to 1.3e-06  OK
 """
 import argparse
-import functools
 import json
 import math
-import os
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 
-try:                                   # only the fast loss needs it
+try:                                   # only the kernels of the loss and of decoding need it
     import triton
     import triton.language as tl
 except ImportError:
@@ -35,9 +34,6 @@ except ImportError:
 
 # Dims: B batch, T sequence, S keys, D model width, H heads, G kv heads, K head width, F feed-forward width,
 #       V vocabulary, L layers, N = B*T rows of the loss, n rows of a chunk of it, R samples being written
-
-_DERIVED = "num_kv_heads", "head_dim", "d_ff"
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and switches of a TransformerLM. Widths left None are filled in, so that reading them gives numbers
@@ -62,9 +58,10 @@ class ModelConfig:
     tie_embeddings: bool = False       # the LM head is the embedding table
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", *_DERIVED):
+        for name, kind in ModelConfig.__annotations__.items():
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0 or value is None and name in _DERIVED):
+            fine = isinstance(value, int) and value > 0 or value is None and kind != int
+            if kind in (int, int | None) and not fine:
                 raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
         for name, allowed in (("norm", "pre post none"), ("positions", "rope none"), ("ffn", "swiglu silu"),
                               ("rope_layout", "interleaved half")):
@@ -73,16 +70,15 @@ class ModelConfig:
         if self.head_dim is None and self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} does not divide into {self.num_heads} heads; or give head_dim")
         d_ff = 4 * self.d_model if self.ffn == "silu" else max(64, round(8 * self.d_model / 3 / 64) * 64)
-        for name, value in zip(_DERIVED, (self.num_heads, self.d_model // self.num_heads, d_ff)):
-            object.__setattr__(self, name, getattr(self, name) or value)
-        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))     # JSON makes a list of it
+        vars(self).update(num_kv_heads=self.num_kv_heads or self.num_heads, d_ff=self.d_ff or d_ff,
+                          head_dim=self.head_dim or self.d_model // self.num_heads,
+                          rope_scaling=tuple(self.rope_scaling))               # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.positions == "rope" and self.head_dim % 2:
             raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.head_dim}")
 
 # ------------------------------------------------------------------------------------------------------------ layers
-
 class Linear(nn.Module):
     """y = x W^T (+ b). x (..., d_in) -> (..., d_out); weight (d_out, d_in)."""
     def __init__(self, d_in: int, d_out: int, bias: bool = False):
@@ -136,35 +132,30 @@ class SwiGLU(nn.Module):
 class RotaryPositionalEmbedding(nn.Module):
     """Turns the i-th pair of x at position p by the angle p * theta^(-2i/d_k), so that the dot product of a query and
     a key depends only on how far apart they stand (eq. 34). layout, scaling: see ModelConfig.
-
-    x (..., T, d_k), or (..., T, heads, d_k) with heads_inside; token_positions (..., T) int below max_seq_len, any
-    leading dimensions that broadcast with x's, or None for 0..T-1. Returns x's shape and dtype; computed in fp32.
-    Example: position 1, theta 100, x = [1, 0, 0, 1] -> [cos 1, sin 1, -sin 0.1, cos 0.1]
-    """
+    x (..., T, d_k); token_positions (..., T) int below max_seq_len, any leading dimensions that broadcast with x's, or
+    None for 0..T-1. Returns x's shape and dtype; computed in fp32.
+    Example: position 1, theta 100, x = [1, 0, 0, 1] -> [cos 1, sin 1, -sin 0.1, cos 0.1]"""
     def __init__(self, theta: float, d_k: int, max_seq_len: int, layout: str = "interleaved", scaling: tuple = ()):
         super().__init__()
         if d_k % 2:
             raise ValueError(f"RoPE turns pairs, so d_k must be even, got {d_k}")
-        self.layout = layout
         frequencies = theta ** (-torch.arange(0, d_k, 2, device="cpu").double() / d_k)      # the same on every device
         if scaling:          # waves shorter than original/high stay, longer than original/low slow down by the factor
             factor, low, high, original = scaling
             blend = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
             frequencies = frequencies * (blend + (1 - blend) / factor)
-        angles, device = torch.arange(max_seq_len, device="cpu")[:, None] * frequencies, torch.get_default_device()
-        for name, table in (("cos", angles.cos()), ("sin", angles.sin())):                  # (max_seq_len, K/2)
-            self.register_buffer(name, table.float().to("cpu" if device.type == "meta" else device), persistent=False)
+        angles = torch.arange(max_seq_len, device="cpu")[:, None] * frequencies
+        self.layout, device = layout, torch.get_default_device()
+        turns = torch.stack((angles.cos(), angles.sin())).float().to("cpu" if device.type == "meta" else device)
+        self.register_buffer("turns", turns, persistent=False)                              # (2, max_seq_len, K/2)
 
-    def _apply(self, fn, recurse=True):
-        device = fn(self.cos[:1]).device     # to another device, but never to bf16: it has no cosine of 1001
-        self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+    def _apply(self, fn, recurse=True):      # to another device, but never to bf16: it has no cosine of 1001
+        self.turns = self.turns.to(fn(self.turns[:, :1]).device)
         return self
 
-    def forward(self, x: Tensor, token_positions: Tensor | None = None, heads_inside: bool = False) -> Tensor:
-        at = slice(x.shape[-3 if heads_inside else -2]) if token_positions is None else token_positions
-        cos, sin, wide = self.cos[at], self.sin[at], x.to(self.cos.dtype)                   # (..., T, K/2)
-        if heads_inside:
-            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)                                 # the same for every head
+    def forward(self, x: Tensor, token_positions: Tensor | None = None) -> Tensor:
+        at = slice(x.shape[-2]) if token_positions is None else token_positions
+        (cos, sin), wide = self.turns[:, at], x.to(self.turns.dtype)                        # (..., T, K/2)
         if self.layout == "interleaved":
             # (a, b) cos + (b, a) (-sin, sin): every load and store in order, which a compiler makes one fast kernel
             swapped, signed = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
@@ -178,29 +169,21 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     return weights / weights.sum(dim, keepdim=True)
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v. arXiv:1706.03762, eq. 1.
-
-    q (..., T, K), k (..., S, K), v (..., S, Kv); mask (..., T, S) bool, True where a query may look at a key.
-    Returns (..., T, Kv) in v's dtype; the softmax is in fp32. A query that may look at nothing gets zeros.
-    """
+    """softmax(q k^T / sqrt(K)) v (arXiv:1706.03762, eq. 1); the softmax in fp32, the result (..., T, Kv) in v's dtype.
+    q (..., T, K), k (..., S, K), v (..., S, Kv); mask (..., T, S) bool, True where a query may look at a key. A query
+    that may look at nothing gets zeros."""
     scores = at_least_float32(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]))             # (..., T, S)
     if mask is None:
         return softmax(scores, -1).to(v.dtype) @ v
     weights = softmax(scores.masked_fill(~mask, torch.finfo(scores.dtype).min), -1)
     return weights.masked_fill(~mask, 0.0).to(v.dtype) @ v
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True, mask: Tensor | None = None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
     """Attention with grouped queries: query head h looks at kv head h // (H/G), which nobody copies.
-
-    q (..., H, T, K), k and v (..., G, S, K) -> (..., H, T, K). is_causal: query t sees keys 0..t;
-    mask (..., 1, T, S) bool in its stead.
-    """
+    q (..., H, T, K), k and v (..., G, S, K) -> (..., H, T, K). is_causal: query t sees keys 0..t."""
     (H, T), (G, S) = q.shape[-3:-1], k.shape[-3:-1]
-    if is_causal and mask is None:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril()
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril().repeat(H // G, 1) if is_causal else None
     q = q.unflatten(-3, (G, H // G)).flatten(-3, -2)                # (..., G, H/G*T, K): a group's queries in one list
-    if mask is not None and H > G:
-        mask = mask.repeat(*[1] * (mask.dim() - 2), H // G, 1)      # (..., H/G*T, S)
     return scaled_dot_product_attention(q, k, v, mask).unflatten(-2, (H // G, T)).flatten(-4, -3)
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> Tensor:
@@ -210,29 +193,24 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = True) -> T
 
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of a sequence to its own past. x (..., T, D) -> (..., T, D).
-
-    rope: turns queries and keys; None for no positions. attention: a function like plain_attention. attend (of a call):
-    KVCache.attend of this layer, to look at earlier tokens as well.
-    """
-    def __init__(self, d_model: int, num_heads: int, *, rope: nn.Module | None = None, num_kv_heads: int | None = None,
-                 head_dim: int | None = None, qk_norm: bool = False, qkv_bias: bool = False, norm_eps: float = 1e-5,
-                 attention=None):
+    rope: turns queries and keys; None for no positions. attention: a function like plain_attention. switches:
+    num_kv_heads, head_dim, qk_norm, ... of ModelConfig. attend (of a call): KVCache.attend, to see earlier tokens."""
+    def __init__(self, d_model: int, num_heads: int, *, rope: nn.Module | None = None, attention=None, **switches):
         super().__init__()
-        if head_dim is None and d_model % num_heads:
-            raise ValueError(f"d_model {d_model} does not divide into {num_heads} heads")
-        G, self.head_dim = num_kv_heads or num_heads, head_dim or d_model // num_heads
-        self.q_proj = Linear(d_model, num_heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = Linear(d_model, G * self.head_dim, bias=qkv_bias)
-        self.v_proj = Linear(d_model, G * self.head_dim, bias=qkv_bias)
-        self.output_proj = Linear(num_heads * self.head_dim, d_model)
-        self.q_norm, self.k_norm = (RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity() for _ in range(2))
-        self.rope, self.attention = rope, attention or plain_attention
+        c = ModelConfig(**{"d_model": d_model, "num_heads": num_heads, "positions": "none"} | switches)
+        self.head_dim, self.rope, self.attention = c.head_dim, rope, attention or plain_attention
+        self.q_proj = Linear(d_model, num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.output_proj = Linear(num_heads * c.head_dim, d_model)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, token_positions: Tensor | None = None, attend=None) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)                                              # (..., T, H or G, K)
         if self.rope is not None:                        # before the transpose: gradients then come out in memory order
-            q, k = self.rope(q, token_positions, heads_inside=True), self.rope(k, token_positions, heads_inside=True)
+            at = torch.arange(x.shape[-2], device=x.device) if token_positions is None else token_positions
+            q, k = self.rope(q, at[..., None]), self.rope(k, at[..., None])                # the same for every head
         q, k, v = (y.transpose(-3, -2) for y in (q, k, v))                                 # (..., H or G, T, K)
         y = self.attention(q, k, v, is_causal=True) if attend is None else attend(self.attention, q, k, v)
         return self.output_proj(y.transpose(-3, -2).flatten(-2))                           # (..., T, D)
@@ -242,9 +220,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, rope: nn.Module | None = None, attention=None):
         super().__init__()
         c, self.post = config, config.norm == "post"
-        self.attn = CausalSelfAttention(
-            c.d_model, c.num_heads, rope=rope, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, qk_norm=c.qk_norm,
-            qkv_bias=c.qkv_bias, norm_eps=c.norm_eps, attention=attention)
+        self.attn = CausalSelfAttention(rope=rope, attention=attention, **vars(config))
         self.ffn = SwiGLU(c.d_model, c.d_ff, gated=c.ffn == "swiglu")
         self.ln1, self.ln2 = (nn.Identity() if c.norm == "none" else RMSNorm(c.d_model, c.norm_eps) for _ in range(2))
 
@@ -257,15 +233,11 @@ class TransformerBlock(nn.Module):
 
 class TransformerLM(nn.Module):
     """token_ids (B, T) int -> logits (B, T, V): at each position, the scores of the token that comes next.
-
     attention: how the heads attend: plain_attention (default), sdpa_attention, or any function with the same contract.
     checkpoint_every: k > 0 drops the activations of every k-th block and makes them again in the backward pass.
-    Example: TransformerLM(ModelConfig(vocab_size=100))(torch.tensor([[1, 2, 3]])).shape -> (1, 3, 100)
-    """
+    Example: TransformerLM(ModelConfig(vocab_size=100))(torch.tensor([[1, 2, 3]])).shape -> (1, 3, 100)"""
     def __init__(self, config: ModelConfig, attention=None, checkpoint_every: int = 0):
         super().__init__()
-        if checkpoint_every < 0:
-            raise ValueError(f"checkpoint_every must be 0 (never) or a number of blocks, got {checkpoint_every}")
         self.config, self.checkpoint_every, c = config, checkpoint_every, config
         rope = None if c.positions == "none" else RotaryPositionalEmbedding(
             c.rope_theta, c.head_dim, c.context_length, c.rope_layout, c.rope_scaling)
@@ -278,20 +250,16 @@ class TransformerLM(nn.Module):
 
     def hidden(self, token_ids: Tensor, token_positions: Tensor | None = None, cache=None) -> Tensor:
         """The stream after ln_final, (B, T, D): what lm_head, or linear_cross_entropy, turns into scores.
-
-        Raises: ValueError for more tokens than context_length, and (on a CPU) for ids outside the vocabulary.
-        """
+        Raises: ValueError for more tokens than context_length, and (on a CPU) for ids outside the vocabulary."""
         T, longest = token_ids.shape[-1], self.config.context_length
         if token_positions is None and T > longest:
             raise ValueError(f"{T} tokens do not fit in context_length {longest}; cut them or build a longer model")
         _check_ids(token_ids, self.config.vocab_size)
         x = self.token_embeddings(token_ids)                     # (B, T, D)
-        every = self.checkpoint_every if cache is None and torch.is_grad_enabled() else 0
+        every = self.checkpoint_every if torch.is_grad_enabled() else 0
         for i, block in enumerate(self.layers):
-            if every and i % every == 0:
-                x = checkpoint(block, x, token_positions, use_reentrant=False)
-            else:
-                x = block(x, token_positions, None if cache is None else functools.partial(cache.attend, i))
+            run = partial(checkpoint, block, use_reentrant=False) if every and i % every == 0 else block
+            x = run(x, token_positions, None if cache is None else partial(cache.attend, i))
         return self.ln_final(x)
 
     def forward(self, token_ids: Tensor, token_positions: Tensor | None = None) -> Tensor:
@@ -305,13 +273,10 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
                              "was the text encoded by another tokenizer?")
 
 # ---------------------------------------------------------------------------------------------------------- the loss
-
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of -log softmax(logits)[target] in nats; the denominator is the number of targets.
-
     logits (..., V) any float dtype, targets (...) int. Computed in fp32. Raises: ValueError if there is no target.
-    Example: cross_entropy(torch.zeros(1, 4), torch.tensor([2])) -> log 4 = 1.3863
-    """
+    Example: cross_entropy(torch.zeros(1, 4), torch.tensor([2])) -> log 4 = 1.3863"""
     if logits.shape[:-1] != targets.shape or targets.numel() == 0:
         raise ValueError(f"logits {tuple(logits.shape)} want as many targets, at least one, got {tuple(targets.shape)}")
     _check_ids(targets, logits.shape[-1])
@@ -320,17 +285,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, backend: str = "torch",
                          chunk: int | None = None) -> Tensor:
-    """cross_entropy(hidden @ weight.T, targets) without ever holding the (N, V) logits.
-
-    A chunk of rows is turned into logits, these into their own gradient (softmax - onehot) where they lie, and that at
-    once into the gradients of hidden and weight, which the backward pass only scales.
-
+    """cross_entropy(hidden @ weight.T, targets) without ever holding the (N, V) logits. A chunk of rows is turned into
+    logits, these into their own gradient (softmax - onehot) where they lie, and that at once into the gradients of
+    hidden and weight, which the backward pass only scales. Returns: mean over the targets, nats, fp32.
     hidden (..., D), weight (V, D), targets (...) int. Products are in hidden's dtype, or autocast's; softmax, loss and
     the sum of weight's gradient in fp32. backend: "torch", or "triton" for one kernel per chunk between the products
-    (CUDA). chunk: rows; None takes what fits 560 MB (32 MB on a CPU). Returns: mean over the targets, nats, fp32.
-    Raises: ValueError for shapes that do not fit, no target, or a backend that cannot run here.
-    """
-    N, (V, D) = targets.numel(), weight.shape
+    (CUDA). chunk: rows; None takes what fits 560 MB (32 MB on a CPU).
+    Raises: ValueError for shapes that do not fit, no target, or a backend that cannot run here."""
+    N, (V, D), kind = targets.numel(), weight.shape, hidden.device.type
     if hidden.shape != (*targets.shape, D) or N == 0:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
                          "do not fit: want (..., D), (V, D) and (...) with at least one target")
@@ -338,7 +300,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     runs = backend == "triton" and triton is not None and (hidden.is_cuda or triton.knobs.runtime.interpret)
     if backend != "torch" and not runs:
         raise ValueError(f"backend {backend!r} cannot run here: 'triton' needs CUDA tensors; use backend='torch'")
-    kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     if chunk is None:
         fits = max(1, (560_000_000 if hidden.is_cuda else 32_000_000) // (V * dtype.itemsize))
@@ -353,11 +314,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, backend: str,
                           gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss, and the gradients of the *sum* of losses: for hidden (N, D), and for weight (V, D) in fp32."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)      # sums over N rows need more than bf16's 8 bits
-    weight, loss = weight.to(hidden.dtype), hidden.new_zeros((), dtype=wide)
-    grad_hidden = torch.empty_like(hidden if gradients else loss)
-    grad_weight = torch.zeros_like(weight if gradients else loss, dtype=wide)
+    loss, grad_hidden, grad_weight = _empty_results(hidden, weight, targets, chunk, backend, gradients)
     softmax_gradient_ = _softmax_gradient_torch_ if backend == "torch" else _softmax_gradient_triton_
+    weight, wide = weight.to(hidden.dtype), loss.dtype
     for start in range(0, len(hidden), chunk):
         h = hidden[start:start + chunk]                          # (n, D)
         logits = h @ weight.T                                    # (n, V)
@@ -372,20 +331,17 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, chunk
     return loss / len(hidden), grad_hidden, grad_weight
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, targets, chunk, backend, gradients):
-    loss = at_least_float32(hidden.new_empty(()))
+def _empty_results(hidden, weight, targets, chunk, backend, gradients):
+    loss = at_least_float32(hidden.new_zeros(()))                # sums over N rows need more than bf16's 8 bits
     hidden, weight = (hidden, weight) if gradients else (loss, loss)
-    return loss, torch.empty_like(hidden), torch.empty_like(weight, dtype=loss.dtype)
+    return loss, torch.empty_like(hidden), torch.zeros_like(weight, dtype=loss.dtype)
 
-def _keep_gradients(ctx, inputs, output):
-    ctx.save_for_backward(*output[1:])
-    ctx.rows, ctx.weight_dtype = len(inputs[0]), inputs[1].dtype
+def _scale_gradients(ctx, grad_loss, *_):                        # autograd gives them hidden's and weight's dtype
+    grad_hidden, grad_weight = ctx.saved_tensors
+    return grad_hidden * (grad_loss / len(grad_hidden)), grad_weight * (grad_loss / len(grad_hidden)), *[None] * 4
 
-def _scale_gradients(ctx, grad_loss, *_):
-    (grad_hidden, grad_weight), scale = ctx.saved_tensors, grad_loss / ctx.rows
-    return (grad_hidden * scale).to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 4
-
-_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_linear_cross_entropy.register_autograd(
+    _scale_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*output[1:]))
 
 def _softmax_gradient_torch_(logits: Tensor, targets: Tensor, gradients: bool) -> Tensor:
     """Losses (n,) of logits (n, V), which are overwritten with softmax - onehot if gradients are wanted."""
@@ -431,7 +387,6 @@ if triton is not None:
             tl.store(logits + target, gradient.to(logits.dtype.element_ty), mask=known)
 
 # ---------------------------------------------------------------------------------------------------------- sampling
-
 class KVCache:
     """Keys and values of every layer, (R, G, S, K), so that a new token costs one position and not the whole text. The
     first pass, over the prompts, leaves num_samples copies of each, with room for `capacity` positions. After that,
@@ -446,17 +401,18 @@ class KVCache:
             room = 0, 0, 0, self.capacity - k.shape[2]
             self.layers[layer] = [nn.functional.pad(x, room).repeat_interleave(self.num_samples, 0) for x in (k, v)]
             return attention(q, k, v, is_causal=True)
-        keys, values = self.layers[layer]
-        at, S = (torch.arange(len(q), device=q.device), slice(None), self.positions), self.visible
+        (R, G, _, K), (keys, values), S = k.shape, self.layers[layer], self.visible
+        at = torch.arange(R, device=q.device), slice(None), self.positions
         keys[at], values[at] = k[:, :, 0], v[:, :, 0]
         if S is None:
             return decode_attention(q, keys, values, self.positions)
         mask = torch.arange(S, device=q.device) <= self.positions[:, None, None, None]                # (R, 1, 1, S)
-        return plain_attention(q, keys[:, :, :S], values[:, :, :S], mask=mask)
+        q = q.reshape(R, G, -1, K)                                                                    # (R, G, H/G, K)
+        return scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], mask).reshape(R, -1, 1, K)
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """plain_attention of one new token a row, q (R, H, 1, K), to keys and values (R, G, S, K), in order, up to its
-    position (R,). One Triton kernel, a program per row and kv head, which reads what is there and no more."""
+    """Attention of one new token a row, q (R, H, 1, K), to keys and values (R, G, S, K), in order, up to its position
+    (R,). One Triton kernel, a program per row and kv head, which reads what is there and no more."""
     (R, H, _, K), G, q = q.shape, keys.shape[1], q.contiguous()
     out, heads = torch.empty_like(q), max(16, triton.next_power_of_2(H // G))              # tl.dot wants 16 rows
     with torch.cuda.device_of(q):
@@ -494,7 +450,7 @@ class Generation:
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)             # new tokens, those of the stop id or string included
     logprobs: list[float] = field(default_factory=list)      # the model's own, nats (before temperature, top-k, top-p)
-    finish_reason: str = "length"                            # or "stop"
+    finish_reason: str | None = None                         # "stop" | "length"; None while it is written
     text: str | None = None
 
 def sample_tokens(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -519,100 +475,94 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, num_samples: int = 1, stop_ids=(),
              stop_strings=(), decode=None, seed: int = 0, use_cache: bool = True, graph: bool = False
              ) -> list[Generation]:
-    """num_samples continuations of every prompt, all in one batch; each prompt is computed once.
-
+    """num_samples continuations of every prompt, side by side, all in one batch; each prompt is computed once.
     A prompt longer than max(context + 1 - max_new_tokens, half the context) loses its front; a sample ends when the
     context is full. stop_ids end it, and stop_strings (found by decode: list[int] -> str), after min_new_tokens.
     graph: record a step once as a CUDA graph and replay it, with decode_attention: a token then costs its arithmetic
-    and not the launching of 60 kernels a layer. Same seed and batch, same samples.
-    Returns a prompt's samples side by side. Raises: ValueError for bad settings.
-    """
+    and not the launching of 60 kernels a layer. Same seed and batch, same samples. Raises: ValueError, bad settings."""
     c, device = model.config, model.lm_head.weight.device
-    context, V, K, cuda = c.context_length, c.vocab_size, c.head_dim, device.type == "cuda"
+    context, K, cuda, stop_ids = c.context_length, c.head_dim, device.type == "cuda", set(stop_ids)
     for name, fine in (("max_new_tokens", max_new_tokens > 0), ("min_new_tokens", min_new_tokens >= 0),
                        ("temperature", 0 <= temperature < math.inf), ("top_p", 0 < top_p <= 1), ("top_k", top_k >= 0),
-                       ("num_samples", num_samples > 0), ("stop_ids", all(0 <= i < V for i in stop_ids)),
+                       ("num_samples", num_samples > 0), ("stop_ids", all(0 <= i < c.vocab_size for i in stop_ids)),
                        ("stop_strings", "" not in stop_strings), ("prompts", all(len(p) for p in prompts)),
                        ("decode", decode is not None or not stop_strings)):
         if not fine:
             raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
     if graph and not (cuda and triton is not None and use_cache and K in (16, 32, 64, 128, 256)):
         raise ValueError(f"graph=True needs a GPU, Triton, the cache, head_dim 16, 32, ... 256; not {device}, {K}")
-    if not prompts:
-        return []
     kept = max(context + 1 - max_new_tokens, (context + 1) // 2)
-    samples = [Generation(list(p[-kept:])) for p in prompts for _ in range(num_samples)]
+    samples = writing = [Generation(list(p[-kept:])) for p in prompts for _ in range(num_samples)]
     limits = [min(max_new_tokens, context + 1 - len(s.prompt_ids)) for s in samples]    # + 1: the last one is not read
-    longest, steps = max(len(s.prompt_ids) for s in samples), max(limits)
-    lengths = torch.tensor([len(s.prompt_ids) for s in samples], device=device)         # (R,)
+    longest, steps = max((len(s.prompt_ids) for s in samples), default=0), max(limits, default=0)
     texts = torch.tensor([s.prompt_ids + [0] * (longest + steps - len(s.prompt_ids)) for s in samples], device=device)
-    log_probs, ends = torch.zeros(len(samples), steps, device=device), lengths.clone()  # where the next token goes
-    live, done, checked = torch.arange(len(samples), device=device), set(), 0           # rows still being written
+    ends = torch.tensor([len(s.prompt_ids) for s in samples], device=device)            # (R,) where the next token goes
+    log_probs = torch.zeros(texts.shape, device=device)
     banned = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(len(model.layers), num_samples, min(context, texts.shape[1])) if use_cache else None
+    cache = KVCache(len(model.layers), num_samples, min(context, longest + steps)) if use_cache else None
 
-    def write_token(step: int, free: bool) -> None:
-        """One more token in every live row. Past the prompts it asks the GPU nothing, so that a graph can hold it."""
-        last, rows = (ends - 1).clamp(max=context - 1), torch.arange(len(live), device=device)
-        if not use_cache:
-            hidden = model.hidden(texts[live, :min(longest + step, context)])[rows, last]                   # (R, D)
-        elif step == 0:
-            hidden = model.hidden(texts[::num_samples, :longest], cache=cache)[rows // num_samples, last]
-        else:
+    def write_token(step: int) -> None:
+        """One more token in every row. Past the prompts it asks the GPU nothing, so that a graph can hold it."""
+        rows, last = torch.arange(len(ends), device=device), (ends - 1).clamp(max=context - 1)
+        if step and use_cache:
             cache.positions, cache.visible = last, None if graph else min(longest + step, context)
-            hidden = model.hidden(texts[live, last][:, None], last[:, None], cache=cache)[:, 0]
+            hidden = model.hidden(texts[rows, last][:, None], last[:, None], cache)[:, 0]                   # (R, D)
+        else:                                                    # whole texts; at first every prompt once
+            copies = 1 if step else num_samples
+            hidden = model.hidden(texts[::copies, :min(longest + step, context)], cache=cache)[rows // copies, last]
         logits = at_least_float32(model.lm_head(hidden))                                # (R, V)
-        allowed = logits if free else logits.index_fill(-1, banned, -torch.inf)
+        allowed = logits.index_fill(-1, banned, -torch.inf) if step < min_new_tokens else logits
         tokens = sample_tokens(allowed, temperature, top_k, top_p, generator)
-        texts[live, ends] = tokens
-        log_probs[live, ends - lengths[live]] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).float()
+        texts[rows, ends] = tokens
+        log_probs[rows, ends] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).float()
         ends.add_(1)
-    recorded = None
+
+    recorded, looked = None, 0
     for step in range(steps):
-        free = step >= min_new_tokens
-        if recorded is None and graph and free and step > 1:     # step 1 has compiled its kernels
+        if graph and recorded is None and step >= max(2, min_new_tokens):      # step 1 has compiled its kernels
             recorded = torch.cuda.CUDAGraph()
             recorded.register_generator_state(generator)
             with torch.cuda.graph(recorded):
-                write_token(step, free)
-        write_token(step, free) if recorded is None else recorded.replay()
+                write_token(step)
+        write_token(step) if recorded is None else recorded.replay()
         if cuda and (step + 1) % 16 and step + 1 < steps:        # to look means to wait
             continue
-        new = texts[live].gather(1, lengths[live][:, None] + torch.arange(checked, step + 1, device=device))
-        for row, ids in zip(live.tolist(), new.tolist()):
-            if row not in done:
-                samples[row].ids += ids[:limits[row] - checked]
-                if _ends(samples[row], checked, limits[row], min_new_tokens, set(stop_ids), stop_strings, decode):
-                    done.add(row)
-        checked, going = step + 1, [i for i, row in enumerate(live.tolist()) if row not in done]
+        new = ends[:, None] + torch.arange(looked - step - 1, 0, device=device)         # what was written since
+        for sample, *tokens in zip(writing, texts.gather(1, new).tolist(), log_probs.gather(1, new).tolist()):
+            if sample.finish_reason is None:
+                limit = min(max_new_tokens, context + 1 - len(sample.prompt_ids))
+                _extend(sample, *tokens, limit, min_new_tokens, stop_ids, stop_strings, decode)
+        looked, going = step + 1, [i for i, sample in enumerate(writing) if sample.finish_reason is None]
         if not going:
             break
-        if len(going) <= (0.5 if graph else 0.9) * len(live):    # the cache is too dear to copy for one row
-            live, ends, recorded = live[going], ends[going], None
+        if len(going) <= (0.5 if graph else 0.9) * len(writing):      # the cache is too dear to copy for one row
+            writing, recorded = [writing[i] for i in going], None
+            texts, log_probs, ends = (x[going] for x in (texts, log_probs, ends))
             for i, pair in enumerate(cache.layers if use_cache else ()):
                 cache.layers[i] = [x[going] for x in pair]
-    for s, row in zip(samples, log_probs.tolist()):
-        s.logprobs = row[:len(s.ids)]
     return samples
 
-def _ends(sample: Generation, checked: int, limit: int, min_new_tokens: int, stop_ids, stop_strings, decode) -> bool:
-    """Whether one of the tokens from `checked` on ends this sample; if so, cut it there and fill in reason and text."""
-    ids, text = sample.ids, None
+def _extend(sample: Generation, ids: list[int], logprobs: list[float], limit: int, min_new_tokens: int, stop_ids,
+            stop_strings, decode) -> None:
+    """Add new tokens to a sample. If one of them ends it, cut it there and fill in reason and text."""
+    known, ids, logprobs = len(sample.ids), (sample.ids + ids)[:limit], sample.logprobs + logprobs
     reach = max((len(s.encode()) for s in stop_strings), default=0)                     # a token is at least one byte
-    near = [s for s in stop_strings if s in decode(ids[max(0, checked - reach):])]
+    near = [s for s in stop_strings if s in decode(ids[max(0, known - reach):])]
     passed = len(decode(ids[:min_new_tokens]).rstrip("\ufffd")) if near else 0          # half a character is no text
-    for n in range(max(checked, min_new_tokens) + 1, len(ids) + 1):
-        so_far = decode(ids[:n]) if near else ""
-        cuts = [at + len(s) for s in near if (at := so_far.find(s, max(0, passed - len(s) + 1))) >= 0]
+    for n in range(max(known, min_new_tokens) + 1, len(ids) + 1):
+        text = decode(ids[:n]) if near else ""
+        cuts = [at + len(s) for s in near if (at := text.find(s, max(0, passed - len(s) + 1))) >= 0]
         if cuts or ids[n - 1] in stop_ids:
-            sample.finish_reason, ids, text = "stop", ids[:n], so_far[:min(cuts)] if cuts else None
+            ids, sample.finish_reason, sample.text = ids[:n], "stop", text[:min(cuts)] if cuts else None
             break
-    sample.ids, sample.text = ids, decode(ids) if text is None and decode else text
-    return sample.finish_reason == "stop" or len(ids) == limit
+    else:
+        sample.finish_reason = "length" if len(ids) == limit else None
+    sample.ids, sample.logprobs = ids, logprobs[:len(ids)]
+    if sample.finish_reason and decode and sample.text is None:
+        sample.text = decode(ids)
 
 # ----------------------------------------------------------------------------------------------------- what it costs
-
 def count_parameters(model: ModelConfig | nn.Module) -> int:
     """Numbers to be trained, of a module or of a config; shared ones once."""
     if isinstance(model, ModelConfig):
@@ -631,35 +581,41 @@ def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
              "lm head": 2 * T * c.d_model * c.vocab_size}
     return flops | {"total": sum(flops.values())}
 
-# --------------------------------------------------------------------------------- checkpoints in Hugging Face form
+def count_memory(config: ModelConfig, batch_size: int, seq_len: int) -> int:
+    """Bytes of a training step with AdamW and plain attention, in fp32: weights, gradients, moments, activations."""
+    c, tokens = config, batch_size * seq_len
+    block = 8 * c.d_model + 3 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_heads * seq_len + 5 * c.d_ff
+    return 16 * count_parameters(c) + 4 * tokens * (c.num_layers * block + 3 * c.d_model + 2 * c.vocab_size)
 
-HF_CONFIG = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
-             "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
-             "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+# --------------------------------------------------------------------------------- checkpoints in Hugging Face form
 HF_NAMES = {"token_embeddings": "model.embed_tokens", "layers": "model.layers", "ln_final": "model.norm",
             "output_proj": "o_proj", "attn": "self_attn", "ffn": "mlp", "ln1": "input_layernorm",
             "ln2": "post_attention_layernorm", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+HF_CONFIG = {"vocab_size": "vocab_size", "context_length": "max_position_embeddings", "d_model": "hidden_size",
+             "num_layers": "num_hidden_layers", "num_heads": "num_attention_heads", "d_ff": "intermediate_size",
+             "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+HF_KNOWN = {"model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"), "hidden_act": ("silu",),
+            "use_sliding_window": (False, None), "attention_bias": (False, None), "mlp_bias": (False, None)}
 LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 def read_safetensors(path) -> dict[str, Tensor]:
     """Tensors by name, mapped from the file, read when touched: 8 bytes of header length, a JSON header, raw numbers.
-
-    Raises: ValueError (or what JSON and look-ups raise) for a file that is cut off or no safetensors at all.
-    """
-    data = torch.from_file(os.fspath(path), size=os.path.getsize(path), dtype=torch.uint8)
-    start = 8 + int.from_bytes(bytes(data[:8].numpy()), "little")
-    header, data, tensors, end = json.loads(bytes(data.numpy()[8:start])), data[min(start, len(data)):], {}, 0
+    Raises: ValueError (or what JSON and look-ups raise) for a file that is cut off or no safetensors at all."""
+    data, tensors, end = torch.from_file(str(path), size=Path(path).stat().st_size, dtype=torch.uint8), {}, 0
+    length = int.from_bytes(data[:8].tolist(), "little")
+    header = json.loads(bytes(data.numpy()[8:8 + length]))
     header.pop("__metadata__", None)
+    data = data[8 + length:]
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (low, high) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if low != end or high - low != math.prod(shape) * dtype.itemsize or high > len(data):
-            raise ValueError(f"{path}: {name} {shape} does not fit bytes {low} to {high} of {len(data)}; cut off?")
+            raise ValueError(f"{path} is cut off or corrupt: {name} {shape} does not fit bytes {low} to {high}")
         raw, end = data[low:high], high
         tensors[name] = (raw.clone() if raw.data_ptr() % dtype.itemsize else raw).view(dtype).view(shape)
     if end != len(data):
-        raise ValueError(f"{path} has {len(data) - end} bytes behind its last tensor")
+        raise ValueError(f"{path} is corrupt: {len(data) - end} bytes behind the last tensor")
     return tensors
 
 def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
@@ -675,72 +631,60 @@ def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
         for x in tensors.values():
             file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
-def _named_as_hf(model: TransformerLM):
-    """(our name, their name, parameter), one that is shared only once."""
-    for name, x in model.named_parameters():
-        yield name, ".".join(HF_NAMES.get(part, part) for part in name.split(".")), x
+def _hf_name(name: str) -> str:
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **options) -> TransformerLM:
     """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form: config.json and model*.safetensors, any number.
-
     dtype: of the weights; None keeps the checkpoint's. options: attention and checkpoint_every of TransformerLM.
-    Raises: ValueError saying what is wrong with it.
-    """
-    tensors, state = {}, {}
+    Raises: ValueError saying what is wrong with it."""
+    state = {}
     try:
         config = _config_from_hf(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
-        for shard in sorted(Path(directory).glob("model*.safetensors")):
-            tensors |= read_safetensors(shard)
         with torch.device("meta"):                               # no time is spent on random weights
             model = TransformerLM(config, **options)
-        for name, theirs, empty in _named_as_hf(model):
-            x = tensors.pop(theirs, None)
-            if x is None or x.shape != empty.shape or not x.is_floating_point():
-                found = "missing" if x is None else (*x.shape, x.dtype)
-                raise ValueError(f"{theirs} should be {tuple(empty.shape)} and is {found}")
-            state[name] = x.to(device, dtype, copy=True)
-        if foreign := [name for name in tensors if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight"))]:
-            raise ValueError(f"{foreign[0]} has no place in a model of this config.json")
+        ours = {_hf_name(name): name for name in model.state_dict()}
+        for shard in sorted(Path(directory).glob("model*.safetensors")):
+            for name, x in read_safetensors(shard).items():
+                if not name.endswith("rotary_emb.inv_freq"):
+                    state[ours.get(name, name)] = x.to(device, dtype, copy=True)
+        if config.tie_embeddings:
+            state["lm_head.weight"] = state["token_embeddings.weight"]
+        model.load_state_dict(state, assign=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{directory} is no whole Llama, Qwen2 or Qwen3 checkpoint in config.json and .safetensors: "
-                         f"{type(error).__name__}: {error}".replace("\n", " ")) from None
-    model.load_state_dict(state, assign=True, strict=False)
+                         f"{type(error).__name__}: {' '.join(str(error).split()):.200}") from None
     if config.tie_embeddings:
         model.lm_head.weight = model.token_embeddings.weight
     return model.to(device)
 
 def _config_from_hf(raw: dict) -> ModelConfig:
-    rope, kind = raw.get("rope_parameters") or raw.get("rope_scaling") or {}, raw["model_type"]
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    beyond = {f"model_type {kind!r}": kind not in ("llama", "qwen2", "qwen3"),
-              f"rope type {rope_type!r}": rope_type not in ("default", "llama3"),
-              "activation": raw.get("hidden_act", "silu") != "silu", "sliding window": raw.get("use_sliding_window"),
-              "biases beside q, k, v": raw.get("attention_bias") or raw.get("mlp_bias")}
-    if any(beyond.values()):
-        raise ValueError(f"not supported: {', '.join(what for what, asked in beyond.items() if asked)}")
-    raw = {"num_key_value_heads": None, "head_dim": None} | raw       # the first Llamas do not say
-    values = {ours: raw[theirs] for ours, theirs in HF_CONFIG.items()}
-    return ModelConfig(**values, rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10_000.0)), rope_layout="half",
-                       rope_scaling=tuple(rope[name] for name in LLAMA3) if rope_type == "llama3" else (),
-                       tie_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=kind == "qwen3",
-                       qkv_bias=kind == "qwen2")
+    raw = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 10_000.0} | raw       # old ones do not say
+    raw |= raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    raw.setdefault("rope_type", raw.get("type", "default"))
+    for name, known in HF_KNOWN.items():
+        if raw.get(name, known[-1]) not in known:
+            raise ValueError(f"{name} {raw[name]!r} is not supported, only {known}")
+    kind, llama3 = raw["model_type"], raw["rope_type"] == "llama3"
+    return ModelConfig(**{ours: raw[theirs] for ours, theirs in HF_CONFIG.items()}, rope_theta=raw["rope_theta"],
+                       rope_layout="half", rope_scaling=tuple(raw[name] for name in LLAMA3) if llama3 else (),
+                       qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2",
+                       tie_embeddings=bool(raw.get("tie_word_embeddings")))
 
 def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
     """Write a folder that transformers, vLLM and load_hf read. Nothing there is replaced before all of it is written.
-
     Interleaved RoPE becomes the half-split one by reordering the rows of q and k: the same model in other coordinates.
-    tokenizer: written by its .save(path). Raises: ValueError for a model that Llama, Qwen2 and Qwen3 cannot express.
-    """
+    tokenizer: written by its .save(path). Raises: ValueError for a model that Llama, Qwen2 and Qwen3 cannot express."""
     c, tensors, directory = model.config, {}, Path(directory)
     if (c.norm, c.positions, c.ffn) != ("pre", "rope", "swiglu") or (c.qk_norm and c.qkv_bias):
         raise ValueError("Llama, Qwen2 and Qwen3 have pre-norm, RoPE and SwiGLU, and q/k norm or q/k/v bias, not both; "
                          f"this model has norm {c.norm}, positions {c.positions}, ffn {c.ffn}")
     if any(directory.glob("model-*.safetensors")):
         raise ValueError(f"{directory} holds a checkpoint in shards, which would mix with this one; save elsewhere")
-    for name, theirs, x in _named_as_hf(model):
+    for name, x in model.named_parameters():                     # a shared table comes once
         if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
             x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)    # pair (0, 1) to (0, K/2)
-        tensors[theirs] = x
+        tensors[_hf_name(name)] = x
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling))
     texts = {"config.json": {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
@@ -762,7 +706,6 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
             path.replace(directory / path.name)
 
 # ------------------------------------------------------------------------------------------------------ to see it work
-
 def walk_through() -> None:
     """One small model from ids to loss, then what GPT-2's sizes cost with SwiGLU, RoPE and an untied head."""
     torch.manual_seed(0)
@@ -781,17 +724,9 @@ def walk_through() -> None:
               f" {count_memory(c, 8, 1024) / 1e9:15.0f} {days:20.1f}")
     print("days: for 300 billion tokens on one H200 at 50% of its 989 TFLOP/s in bf16")
 
-def count_memory(config: ModelConfig, batch_size: int, seq_len: int, bytes_each: int = 4) -> int:
-    """Bytes of a training step with AdamW and plain attention: weights, gradients and moments in fp32, activations."""
-    c, tokens = config, batch_size * seq_len
-    block = 8 * c.d_model + 3 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.num_heads * seq_len + 5 * c.d_ff
-    return 16 * count_parameters(c) + bytes_each * tokens * (c.num_layers * block + 3 * c.d_model + 2 * c.vocab_size)
-
 def self_check(seed: int = 0) -> float:
     """Largest difference between each fast or hand-made version and plain or torch's own, and the XL accounting.
-
-    Raises: AssertionError above 1e-4: logits of size 5 carry fp32 errors of 1e-5; a wrong pairing in RoPE is off by 1.
-    """
+    Raises: AssertionError above 1e-4: logits of size 5 carry fp32 errors of 1e-5; wrong pairs in RoPE are off by 1."""
     torch.manual_seed(seed)
     config, ids = ModelConfig(97, 48, 32, 2, 4, num_kv_heads=2), torch.randint(97, (2, 41))
     model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1)
@@ -816,7 +751,7 @@ def bench(device: str) -> None:
     print(f"{N} rows, V {V}, D {D}, {dtype}, {torch.cuda.get_device_name() if cuda else 'CPU'}, {torch.__version__}")
     ways = {"full logits": full, "chunks, torch": linear_cross_entropy} if not cuda else {
         "full logits, compiled": torch.compile(full, dynamic=False),
-        "chunks, triton": functools.partial(linear_cross_entropy, backend="triton")}
+        "chunks, triton": partial(linear_cross_entropy, backend="triton")}
     h, w = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((N, D), (V, D)))
     y = torch.randint(V, (N,), device=device)
     for name, loss in ways.items():
@@ -831,16 +766,16 @@ def bench(device: str) -> None:
 def main() -> int:
     """Without flags the walk-through and the self-check, with --bench the losses side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--bench", action="store_true", help="time the losses side by side")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     parser.add_argument("--device", default=devices[0], choices=devices, help="of --bench")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bench", action="store_true", help="time the losses side by side")
     args = parser.parse_args()
     if args.bench:
         bench(args.device)
-    else:
-        walk_through()
-        print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
+        return 0
+    walk_through()
+    print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
     return 0
 
 
