@@ -74,8 +74,8 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
     return rank, world_size, device
 
 def _meet(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> str:
-    """A name that the ranks of this start have in common, and no earlier start: torchrun keeps its store over a restart,
-    with the addresses of the dead in it, and over several hosts the restart counts of its agents may differ.
+    """A name that the ranks of this start have in common, and no earlier start had: torchrun keeps its store over a
+    restart, with the addresses of the dead in it, and over several hosts its agents' restart counts may differ.
 
     Rank 0 answers every greeting that it finds. One from the dead it answers in vain; then the living one replaces it.
     """

@@ -15,8 +15,6 @@ Deviations: 1. Stage 1 gives whole parameters to ranks, balanced greedily by siz
             3. One-dimensional parameters (norms, biases) stay whole on every rank: a thousandth of the bytes.
 Copy:       this file alone; needs torch. MIT.
 Run:        python sharded_optim.py                                         two ranks on this CPU, explained; the end:
-              FSDP                                                    62,464    62,976
-              check: ZeRO-1 = plain data parallelism after 3 steps, to 0.0e+00  OK
               check: FSDP = plain data parallelism after 3 steps, to 0.0e+00  OK
             python sharded_optim.py --bench                                 two ranks on this CPU, timed
             torchrun --nproc-per-node 2 sharded_optim.py --bench            one rank a GPU, beside torch's own; on two
@@ -31,14 +29,17 @@ import tempfile
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # Dims: N ranks, P parameters (elements), s elements of one rank's shard = ceil(numel / N)
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor      # renamed in torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 def run_rank(work, *args) -> None:  # twin: ddp.py
     """Calls work(*args) and ends this process with the exit code that it returns (None: 0), or with 1 after an error:
@@ -77,6 +78,16 @@ def _broadcast(t: Tensor, source: int, async_op: bool = False) -> dist.Work | No
         data.copy_(raw.view(data.dtype).view(data.shape))
     return work
 
+def _average(parameters: list[nn.Parameter]) -> None:
+    """Averages the gradients over the ranks, one message a dtype; one that is not there counts as zero."""
+    for dtype in dict.fromkeys(p.dtype for p in parameters):
+        same = [p for p in parameters if p.dtype == dtype]
+        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in same])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for p, mean in zip(same, flat.split([p.numel() for p in same])):
+            p.grad = mean.view(p.shape)
+
 # -------------------------------------------------------------------------- Stage 1: the optimizer's state is divided
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -91,7 +102,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """
     ROUND_BYTES = 256 * 2 ** 20
 
-    def __init__(self, params: Iterable, optimizer_cls: type[torch.optim.Optimizer], **kwargs):
+    def __init__(self, params, optimizer_cls: type[torch.optim.Optimizer], **kwargs):
         if not dist.is_initialized():
             raise ValueError("torch.distributed is not running; start with torchrun and call init_process_group first")
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
@@ -101,9 +112,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._rounds: list[tuple[int, list[Tensor], torch.optim.Optimizer]] = []    # group, parameters, inner
         super().__init__(params, kwargs)                                       # calls add_param_group
 
-    # torch's constructor sets an empty one, hence the setter
     state = property(lambda self: {p: s for _, _, inner in self._rounds for p, s in inner.state.items()},
-                     lambda self, value: None)
+                     lambda self, value: None)                                 # torch's constructor sets an empty one
 
     def add_param_group(self, param_group: dict) -> None:
         """Shares the group out: largest first, each to the rank that owns least. All ranks come to the same result."""
@@ -124,12 +134,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 group.setdefault(key, value)                                   # the class's defaults: lr, betas, ...
             self._rounds.append((len(self.param_groups) - 1, parameters, inner))
 
-    def step(self, closure=None):
-        """Updates what this rank owns, then sends it to all. Returns the closure's loss, if a closure is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
+        """Updates what this rank owns, then sends it to all."""
         for g, _, inner in self._rounds:                                       # a schedule changes the outer group
             inner.param_groups[0].update(_options(self.param_groups[g]))
         in_flight = []
@@ -140,126 +146,106 @@ class ShardedOptimizer(torch.optim.Optimizer):
             work.wait()
         for g, _, inner in self._rounds:                                       # some optimizers count in the group
             self.param_groups[g].update(_options(inner.param_groups[0]))
-        return loss
 
     def state_dict(self, rank: int | None = None) -> dict:
         """The plain optimizer's state_dict(), gathered on the CPU: loads on any number of ranks, or without sharding.
         All ranks must call it. Args: rank: only this one keeps the tensors, the others an empty "state"; None: all."""
-        parameters, state, whole = [p for group in self.param_groups for p in group["params"]], self.state, {}
-        for i, p in enumerate(parameters):                                     # one at a time, to need little memory
-            entry = [{k: v.cpu() if isinstance(v, Tensor) else v for k, v in state[p].items()} if p in state else None]
+        mine, whole = _map_state(self, super().state_dict(), lambda p, value: value.cpu()), {}
+        for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            entry = [mine["state"].get(i)]                                     # one at a time: needs little memory
             dist.broadcast_object_list(entry, self.owner[p])
             if entry[0] is not None and rank in (None, self._rank):
                 whole[i] = entry[0]
-        index = {p: i for i, p in enumerate(parameters)}
-        groups = [{**_options(group), "params": [index[p] for p in group["params"]]} for group in self.param_groups]
-        return {"state": whole, "param_groups": groups}
+        return {**mine, "state": whole}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes what state_dict() gave, on any number of ranks, or a plain optimizer's: all ranks load the same whole.
         Raises: ValueError if it was made for other groups of parameters."""
-        entries = dict(_entries(self, state_dict))
+        state = _map_state(self, state_dict)["state"]
         for g, _, inner in self._rounds:
-            mine, options = inner.param_groups[0]["params"], _options(state_dict["param_groups"][g])
-            inner.load_state_dict({"state": {j: dict(entries[p]) for j, p in enumerate(mine) if p in entries},
-                                   "param_groups": [{**options, "params": list(range(len(mine)))}]})
-            self.param_groups[g].update(options)
+            group, mine = state_dict["param_groups"][g], inner.param_groups[0]["params"]
+            number = dict(zip(self.param_groups[g]["params"], group["params"]))
+            inner.load_state_dict({"state": {j: state[number[p]] for j, p in enumerate(mine) if number[p] in state},
+                                   "param_groups": [{**group, "params": list(range(len(mine)))}]})
+            self.param_groups[g].update(_options(group))
 
 def _options(group: dict) -> dict:
     return {key: value for key, value in group.items() if key not in ("params", "param_names")}
 
-def _copied(state_dict: dict) -> dict:
-    """So that entries can be replaced: torch's state_dict() hands out the optimizer's own dictionaries."""
-    return {**state_dict, "state": {i: dict(entry) for i, entry in state_dict["state"].items()}}
-
-def _entries(optimizer: torch.optim.Optimizer, state_dict: dict) -> list[tuple[Tensor, dict]]:
-    """Each parameter of the optimizer with its entry in a state dict. Raises: ValueError if the groups do not match."""
+def _map_state(optimizer: torch.optim.Optimizer, state_dict: dict, f=lambda p, value: value) -> dict:
+    """A copy of an optimizer's state dict in which f(parameter, tensor) stands for each tensor of its "state".
+    Raises: ValueError if its groups are not this optimizer's."""
     ours, theirs = [g["params"] for g in optimizer.param_groups], [g["params"] for g in state_dict["param_groups"]]
     if [len(g) for g in ours] != [len(g) for g in theirs]:
         raise ValueError(f"the checkpoint's groups hold {[len(g) for g in theirs]} parameters, this optimizer's "
                          f"{[len(g) for g in ours]}; build the optimizer with the same parameters, in the same order")
-    return [(p, state_dict["state"][i]) for g, h in zip(ours, theirs) for p, i in zip(g, h) if i in state_dict["state"]]
+    parameter = {i: p for g, h in zip(ours, theirs) for p, i in zip(g, h)}
+    return {**state_dict, "state": {
+        i: {key: f(parameter[i], value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for i, entry in state_dict["state"].items()}}
 
 # ---------------------------------------------------------------------------- Stage 3: the parameters are divided too
 
-class _Shard:
-    """What is needed to put one parameter together again."""
-
-    def __init__(self, p: nn.Parameter, world_size: int):
-        self.parameter, self.shape, self.numel, self.stored_dtype = p, p.shape, p.numel(), p.dtype
-        self.stride = torch.empty(p.shape, device="meta").stride()
-        self.size = -(-p.numel() // world_size)                                # elements a rank; the last are padding
-
-    def cut(self, whole: Tensor, rank: int) -> Tensor:
-        """This rank's piece of a whole tensor of the parameter's shape, flat, padded with zeros."""
-        piece = whole.reshape(-1)[rank * self.size:(rank + 1) * self.size]
-        return torch.nn.functional.pad(piece, (0, self.size - piece.numel()))
-
 class _Call:
-    """One forward of a unit. missing: what of its backward is still to come."""
-    def __init__(self, missing: set):
-        self.missing = missing
+    """One forward of a unit. missing: what of its backward is still to come; begun: some of it has come."""
+
+    def __init__(self, missing: set, begun: bool = False):
+        self.missing, self.begun = missing, begun
 
 class _Gathered(torch.autograd.Function):
     """Forward: the shard is an input, the whole weight the output. Backward: the whole gradient is reduce-scattered."""
 
     @staticmethod
-    def forward(ctx, shard: Tensor, unit: "_Unit", i: int, call: _Call) -> Tensor:
-        ctx.unit, ctx.i, ctx.call = unit, i, call
-        return unit.whole(i)
+    def forward(ctx, p: nn.Parameter, unit: "_Unit", call: _Call) -> Tensor:
+        ctx.of = unit, p, call
+        return unit.whole(p)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        ctx.unit.fsdp._reduce(ctx.unit, ctx.i, ctx.call, gradient)
-        return None, None, None, None                                          # .grad is set once the sum has arrived
+        unit, p, call = ctx.of
+        unit.fsdp._reduce(unit, p, call, gradient)
+        return None, None, None                                                # .grad is set once the sum has arrived
 
 class _Unit:
     """The weights that are gathered and freed together: a block, or a module that owns weights by itself."""
 
     def __init__(self, fsdp: "FSDP", name: str, module: nn.Module, members: list[nn.Module]):
         self.fsdp, self.name, self.module = fsdp, name, module
-        self.shards: list[_Shard] = []
-        self.places: list[tuple[nn.Module, str, int]] = []                     # module.name is shards[i]
+        self.places: list[tuple[nn.Module, str, nn.Parameter]] = []            # where a weight stands
         self.casts: list[tuple[nn.Module, str, nn.Parameter]] = []             # a bias takes its weight's dtype
+        self.buffers: dict[nn.Parameter, Tensor] = {}                          # (N s) each; storage comes and goes
         for member in members:
             own = {k: p for k, p in member._parameters.items() if p is not None}
             for attribute, p in own.items():
-                if p in fsdp._shards:
-                    shard = fsdp._shards[p]
-                    if shard not in self.shards:
-                        self.shards.append(shard)
-                    self.places.append((member, attribute, self.shards.index(shard)))
+                if p in fsdp._shapes:
+                    self.places.append((member, attribute, p))
+                    self.buffers[p] = torch.empty(fsdp._cut(p).numel() * fsdp.world_size,
+                                                  dtype=fsdp.compute_dtype or p.dtype, device=p.device)
+                    self.buffers[p].untyped_storage().resize_(0)
                 elif fsdp.compute_dtype and p.is_floating_point() and (isinstance(member, (nn.LayerNorm, nn.GroupNorm))
-                                                                       or any(q in fsdp._shards for q in own.values())):
+                                                                       or any(q in fsdp._shapes for q in own.values())):
                     self.casts.append((member, attribute, p))
-        # (N s) each; their storage comes and goes
-        self.buffers = [torch.empty(shard.size * fsdp.world_size, dtype=fsdp.compute_dtype or shard.stored_dtype,
-                                    device=shard.parameter.device) for shard in self.shards]
-        for buffer in self.buffers:
-            buffer.untyped_storage().resize_(0)
-        self.bytes = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+        self.bytes = sum(buffer.numel() * buffer.element_size() for buffer in self.buffers.values())
         self.works: list[dist.Work] = []                                       # gathers under way
         self.versions: list[int] | None = None                                 # of the parameters gathered; None: freed
-        self.active: set[_Call] = set()                                        # backward has begun and is not over
-        self.expected = 0                                                      # backwards that will come
-        self.call: _Call | None = None
+        self.calls: set[_Call] = set()                                         # whose backward will come, or has begun
+        self.call: _Call | None = None                                         # the latest
 
     @torch.no_grad()
     def gather(self) -> None:
         """Starts the all-gathers, unless they are done or under way. NCCL runs them on a stream of its own, which waits
         for what this stream was given before: so memory freed on this stream can be written without a race."""
-        versions = [shard.parameter._version for shard in self.shards]
-        if self.versions is not None and not self.active and self.versions != versions:
+        versions = [p._version for p in self.buffers]
+        if self.versions not in (None, versions):
             self.free()                           # was gathered for a forward that did not come before optimizer.step()
         if self.versions is not None:
             return
         self.versions = versions
-        for shard, buffer in zip(self.shards, self.buffers):
+        for p, buffer in self.buffers.items():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
-            mine = buffer[self.fsdp.rank * shard.size:(self.fsdp.rank + 1) * shard.size]
-            mine.copy_(shard.parameter)                                        # the cast; the gather is in place
-            if self.fsdp.world_size > 1 and shard.size:
-                self.works.append(_all_gather(buffer, mine))
+            mine = buffer[self.fsdp.rank * p.numel():(self.fsdp.rank + 1) * p.numel()]
+            mine.copy_(p)                                                      # the cast; the gather is in place
+            self.works.append(_all_gather(buffer, mine, async_op=True))
         self.fsdp._record("gather", self, self.bytes)
 
     def wait(self) -> None:
@@ -268,25 +254,27 @@ class _Unit:
         self.works.clear()
 
     def free(self) -> None:
+        """Gives the memory back, unless a backward has begun that still needs it."""
+        if any(call.begun for call in self.calls):
+            return
         self.hide()
         if self.versions is not None:
             self.wait()
-            for buffer in self.buffers:
+            for buffer in self.buffers.values():
                 buffer.untyped_storage().resize_(0)
             self.versions = None
             self.fsdp._record("free", self, -self.bytes)
 
-    def whole(self, i: int) -> Tensor:
+    def whole(self, p: nn.Parameter) -> Tensor:
         """A tensor over the buffer with its own version counter: autograd keeps it while the storage comes and goes."""
-        buffer, shard = self.buffers[i], self.shards[i]
-        return buffer.new_empty(0).set_(buffer.untyped_storage(), 0, shard.shape, shard.stride)
+        buffer = self.buffers[p]
+        return buffer.new_empty(0).set_(buffer.untyped_storage(), 0, self.fsdp._shapes[p])
 
     def expose(self, call: _Call) -> None:
         """While the unit works, module.weight is the whole weight: an attribute that hides the Parameter behind it."""
-        whole = [_Gathered.apply(shard.parameter, self, i, call) if shard.parameter.requires_grad else self.whole(i)
-                 for i, shard in enumerate(self.shards)]
-        for member, attribute, i in self.places:
-            member.__dict__[attribute] = whole[i]
+        whole = {p: _Gathered.apply(p, self, call) if p.requires_grad else self.whole(p) for p in self.buffers}
+        for member, attribute, p in self.places:
+            member.__dict__[attribute] = whole[p]
         for member, attribute, p in self.casts:
             member.__dict__[attribute] = p.to(self.fsdp.compute_dtype)
 
@@ -294,19 +282,12 @@ class _Unit:
         for member, attribute, _ in [*self.places, *self.casts]:
             member.__dict__.pop(attribute, None)
 
-    def finished(self, call: _Call, what) -> bool:
+    def finished(self, call: _Call, what) -> None:
         """Notes that a piece of the call's backward is done; when it was the last, frees the weights."""
         call.missing.discard(what)
-        if call.missing:
-            return False
-        self.active.discard(call)
-        if not self.active:
+        if not call.missing:
+            self.calls.discard(call)
             self.free()
-        return True
-
-def _all_gather(whole: Tensor, mine: Tensor, async_op: bool = True) -> dist.Work | None:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor       # renamed in torch 2.13
-    return gather(whole, mine, async_op=async_op)
 
 class FSDP(nn.Module):
     """Fully sharded data parallelism: a rank keeps 1/N of every weight matrix, of its gradient and its optimizer state.
@@ -323,7 +304,6 @@ class FSDP(nn.Module):
     all ranks, evaluation too; gathered() gives a weight that is used outside its module.
     Compile with `block.forward = torch.compile(block.forward)`; checkpoint with use_reentrant=False.
     Raises: ValueError if torch.distributed is not running, or a parameter is on a device the backend cannot reach.
-    Source: arXiv:2304.11277, sections 3.2 and 3.3.
     """
 
     def __init__(self, module: nn.Module, compute_dtype: torch.dtype | None = None,
@@ -333,26 +313,32 @@ class FSDP(nn.Module):
             raise ValueError("torch.distributed is not running; start with torchrun and call init_process_group first")
         self.module, self.compute_dtype, self.reduce_dtype = module, compute_dtype, reduce_dtype
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._nccl = dist.get_backend() == "nccl"
+        nccl = dist.get_backend() == "nccl"
+        self._op = dist.ReduceOp.AVG if nccl else dist.ReduceOp.SUM            # gloo has no average
         self.gathered_bytes = self.peak_gathered_bytes = 0
-        self.log = None                                                        # called with ("gather" | ..., unit name)
+        self.log = lambda event, unit: None                                    # called with ("gather" | ..., unit name)
         for name, t in [*module.named_parameters(), *module.named_buffers()]:
-            if t.device.type != ("cuda" if self._nccl else "cpu"):
+            if t.device.type != ("cuda" if nccl else "cpu"):
                 raise ValueError(f"{name} is on {t.device}, out of {dist.get_backend()}'s reach; move the module first")
             _broadcast(t, 0)
-        self._shards = {p: _Shard(p, self.world_size) for p in module.parameters()
-                        if p.dim() >= 2 and p.is_floating_point()}
-        self._pending: list[tuple[_Call, _Shard, Tensor, dist.Work | None]] = []
-        self._units = [_Unit(self, *found) for found in _find_units(module)]
+        self._shapes = {p: p.shape for p in module.parameters()                # of what is sharded, when whole
+                        if p.dim() >= 2 and p.numel() and p.is_floating_point()}
+        self._pending: list[tuple[_Call, nn.Parameter, Tensor, Tensor, dist.Work]] = []           # sums under way
+        self._units = [_Unit(self, *found) for found in _find_units(module, set())]
         self._order: list[_Unit] = []                                          # as forward used them, in the first step
         self._order_known = False
-        for shard in self._shards.values():
-            shard.parameter.data = shard.cut(shard.parameter.detach(), self.rank).float().clone()
-            shard.parameter.grad = None
+        for p in self._shapes:
+            p.data, p.grad = self._cut(p.detach()).float().clone(), None
         for unit in self._units:
             unit.module.register_forward_pre_hook(
                 lambda m, args, kwargs, unit=unit: self._before_forward(unit, args, kwargs), with_kwargs=True)
             unit.module.register_forward_hook(lambda m, args, output, unit=unit: self._after_forward(unit, output))
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor: flat, all of one size, the last ones padded with zeros."""
+        size = -(-whole.numel() // self.world_size)
+        piece = whole.reshape(-1)[self.rank * size:(self.rank + 1) * size]
+        return torch.nn.functional.pad(piece, (0, size - piece.numel()))
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -362,90 +348,74 @@ class FSDP(nn.Module):
         return contextlib.nullcontext()
 
     def _before_forward(self, unit: _Unit, args: tuple, kwargs: dict):
-        in_backward = torch._C._current_graph_task_id() != -1                  # a checkpoint recomputes
-        self._use(unit, 1, in_backward)
-        unit.call = _Call({i for i, shard in enumerate(unit.shards) if shard.parameter.requires_grad})
+        self._use(unit, 1)
+        unit.call = _Call({p for p in unit.buffers if p.requires_grad})
         if self.compute_dtype:
             cast = lambda x: x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             args, kwargs = tuple(cast(a) for a in args), {key: cast(a) for key, a in kwargs.items()}
-        if len(unit.call.missing) < len(unit.shards) and torch.is_grad_enabled():
+        if len(unit.call.missing) < len(unit.buffers) and torch.is_grad_enabled():
             # A frozen weight tells nobody when it has been used: the gradient of the unit's input does.
             for j, x in enumerate(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor) and x.requires_grad):
                 unit.call.missing.add(("input", j))
-                x.register_hook(lambda _, call=unit.call, j=j: (unit.finished(call, ("input", j)), None)[1])
+                x.register_hook(lambda _, call=unit.call, j=j: unit.finished(call, ("input", j)))
         unit.expose(unit.call)
         return args, kwargs
 
     def _after_forward(self, unit: _Unit, output) -> None:
-        call = unit.call
-        in_backward = torch._C._current_graph_task_id() != -1
-        outputs = [t for t in _tensors(output) if t.requires_grad]
+        call, outputs = unit.call, [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if outputs and not _is_lookup(outputs):
-            unit.expected += not in_backward
             for t in outputs:
                 t.register_hook(lambda _: self._before_backward(unit, call))
-        if not in_backward:
+            if not _in_backward():
+                unit.calls.add(call)
+        if not _in_backward():
             unit.hide()
             if not (outputs and self._order_known and unit is self._order[-1]):   # the last one's backward is next
                 unit.free()
 
-    def _use(self, unit: _Unit, direction: int, in_backward: bool) -> None:
+    def _use(self, unit: _Unit, direction: int) -> None:
         """Has the unit's weights ready, and starts to gather those of the unit after (before) it in the first step."""
         if not self._order_known and unit not in self._order:
             self._order.append(unit)
         unit.gather()
         unit.wait()
         k = self._order.index(unit) + direction if unit in self._order else -1
-        if 0 <= k < len(self._order) and (self._order[k].expected or not in_backward):
+        if 0 <= k < len(self._order) and not (_in_backward() and all(call.begun for call in self._order[k].calls)):
             self._order[k].gather()
 
     def _before_backward(self, unit: _Unit, call: _Call) -> None:
-        if call in unit.active or not call.missing:                            # one of several outputs was first
+        if call.begun or not call.missing:                                     # one of several outputs was first
             return
-        unit.active.add(call)
-        unit.expected = max(0, unit.expected - 1)
-        self._use(unit, -1, in_backward=True)
+        call.begun = True
+        unit.calls.add(call)
+        self._use(unit, -1)
         with torch.enable_grad():
             unit.expose(call)                                                  # for a checkpoint inside the unit
 
     @torch.no_grad()
-    def _reduce(self, unit: _Unit, i: int, call: _Call, gradient: Tensor) -> None:
-        shard = unit.shards[i]
+    def _reduce(self, unit: _Unit, p: nn.Parameter, call: _Call, gradient: Tensor) -> None:
         whole = gradient.reshape(-1).to(self.reduce_dtype)                     # no copy where nothing has to change
-        padding = shard.size * self.world_size - whole.numel()
-        if padding:
+        if padding := p.numel() * self.world_size - whole.numel():
             whole = torch.nn.functional.pad(whole, (0, padding))
-        elif whole.data_ptr() == gradient.data_ptr() and not (self._nccl and self.world_size > 1):
-            whole = whole.clone()                                              # it will be written, or become .grad
-        work, mine = None, whole
-        if self.world_size > 1 and shard.size:
-            if self._nccl:
-                scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-                mine = whole.new_empty(shard.size)
-                work = scatter(mine, whole, op=dist.ReduceOp.AVG, async_op=True)
-            else:                                                              # gloo has had no reduce-scatter for long
-                work = dist.all_reduce(whole, async_op=True)
+        mine = whole.new_empty(p.numel())
+        work = _reduce_scatter(mine, whole, op=self._op, async_op=True)
         # Both tensors are held until the sum is there: the communication stream reads one and writes the other.
-        self._pending.append((call, shard, mine, whole, work))
-        if unit.finished(call, i):
+        self._pending.append((call, p, mine, whole, work))
+        unit.finished(call, p)
+        if not call.missing:
             self._record("reduce-scatter", unit, 0)
             self._settle(keep=call)                    # the unit before this one had all of this backward to be summed
 
     @torch.no_grad()
     def _settle(self, keep: _Call | None = None) -> None:
         """Waits for sums and hands them to the parameters' .grad; all of them, or all but those of one call."""
-        for call, shard, mine, whole, work in self._pending:
+        for call, p, mine, _, work in self._pending:
             if call is keep:
                 continue
-            if work is not None:
-                work.wait()
-            if not self._nccl and self.world_size > 1:
-                mine = whole[self.rank * shard.size:(self.rank + 1) * shard.size] / self.world_size
-            p = shard.parameter
-            if p.grad is None:
-                p.grad = mine.float()
-            else:
-                p.grad += mine
+            work.wait()
+            if self._op == dist.ReduceOp.SUM:
+                mine /= self.world_size
+            p.grad = mine.float() if p.grad is None else p.grad.add_(mine)
         self._pending = [entry for entry in self._pending if entry[0] is keep]
 
     @torch.no_grad()
@@ -455,25 +425,16 @@ class FSDP(nn.Module):
         self._settle()
         self._order_known = bool(self._order)
         for unit in self._units:
-            unit.active.clear()
-            unit.expected = 0
+            unit.calls.clear()
             unit.free()
-        replicated = [p for p in self.module.parameters() if p.requires_grad and p not in self._shards]
-        for dtype in dict.fromkeys(p.dtype for p in replicated):
-            parameters = [p for p in replicated if p.dtype == dtype]
-            flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1)
-                              for p in parameters])
-            dist.all_reduce(flat)
-            flat /= self.world_size
-            for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad = mean.view(p.shape)
+        _average([p for p in self.module.parameters() if p.requires_grad and p not in self._shapes])
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of the whole model's is at most max_norm. Returns the norm before it.
         Call on all ranks, after finish_gradient_synchronization(). Does not wait for the device."""
-        sharded = [p.grad for p in self._shards if p.grad is not None]
-        others = [p.grad for p in self.module.parameters() if p.grad is not None and p not in self._shards]
+        sharded = [p.grad for p in self._shapes if p.grad is not None]
+        others = [p.grad for p in self.module.parameters() if p.grad is not None and p not in self._shapes]
         zero = next(self.module.parameters()).new_zeros((), dtype=torch.float32)
         total, rest = (torch.stack([zero, *torch._foreach_norm(gradients, 2, dtype=torch.float32)]).square().sum()
                        if gradients else zero for gradients in (sharded, others))
@@ -485,30 +446,33 @@ class FSDP(nn.Module):
     def gathered(self, parameter: nn.Parameter) -> Tensor:
         """The whole of a parameter, for use outside its module (lm_head.weight in a chunked loss, say). Its gradient
         finds the way back; the memory goes free then, or with finish_gradient_synchronization()."""
-        if parameter not in self._shards:
+        if parameter not in self._shapes:
             return parameter
-        unit = [u for u in self._units if self._shards[parameter] in u.shards][-1]
-        i = unit.shards.index(self._shards[parameter])
-        self._use(unit, 1, in_backward=False)
+        unit = [u for u in self._units if parameter in u.buffers][-1]
+        self._use(unit, 1)
         if not (parameter.requires_grad and torch.is_grad_enabled()):
-            return unit.whole(i)
-        call = _Call({i})
-        unit.active.add(call)
-        return _Gathered.apply(parameter, unit, i, call)
+            return unit.whole(parameter)
+        call = _Call({parameter}, begun=True)
+        unit.calls.add(call)
+        return _Gathered.apply(parameter, unit, call)
 
-    @torch.no_grad()
-    def _whole(self, shard: _Shard, mine: Tensor, keep: bool) -> Tensor | None:
-        whole = mine.new_empty(shard.size * self.world_size)
-        _all_gather(whole, mine.contiguous(), async_op=False)
-        return whole[:shard.numel].view(shard.shape).cpu().clone() if keep else None
+    def _whole(self, p: Tensor, value: Tensor, keep: bool) -> Tensor | None:
+        """The parameter, or what an optimizer holds for it, in one piece on the CPU. A collective if it is sharded."""
+        if p not in self._shapes or value.shape != p.shape:                    # replicated, or a step count
+            return value.detach().cpu().clone()
+        whole, shape = value.new_empty(value.numel() * self.world_size), self._shapes[p]
+        _all_gather(whole, value.detach().contiguous())
+        return whole[:shape.numel()].view(shape).cpu().clone() if keep else None
+
+    def _mine(self, p: Tensor, value: Tensor) -> Tensor:
+        """The way back: what this rank keeps of it."""
+        return self._cut(value) if value.shape == self._shapes.get(p) else value
 
     def full_state_dict(self, rank: int | None = None) -> dict[str, Tensor]:
         """The module's state dict with whole tensors, on the CPU, under the module's own names. All ranks must call it.
         Args: rank: only this one keeps it, the others get {}; None: all do."""
-        keep = rank in (None, self.rank)
-        own = self.module.state_dict(keep_vars=True)
-        whole = {t: self._whole(self._shards[t], t.detach(), keep) if t in self._shards else t.detach().cpu().clone()
-                 for t in dict.fromkeys(own.values())}                         # tied names share a tensor
+        keep, own = rank in (None, self.rank), self.module.state_dict(keep_vars=True)
+        whole = {t: self._whole(t, t, keep) for t in dict.fromkeys(own.values())}         # tied names share a tensor
         return {name: whole[t] for name, t in own.items()} if keep else {}
 
     @torch.no_grad()
@@ -516,67 +480,49 @@ class FSDP(nn.Module):
         """Takes a whole state dict, the same on all ranks, whatever number of ranks it was made with.
         Raises: ValueError, before anything is changed, if a name is missing or too many or a shape differs."""
         own = self.module.state_dict(keep_vars=True)
-        missing, extra = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-        if missing or extra:
-            raise ValueError(f"the state dict is of another model: missing {missing[:3]}, not expected {extra[:3]}")
+        there = {name: tuple(t.shape) for name, t in state_dict.items()}
+        here = {name: tuple(self._shapes.get(t, t.shape)) for name, t in own.items()}
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise ValueError(f"the state dict is of another model: {name} is {there.get(name, 'absent')} there and "
+                                 f"{here.get(name, 'absent')} here")
         for name, t in own.items():
-            shape = self._shards[t].shape if t in self._shards else t.shape
-            if state_dict[name].shape != shape:
-                raise ValueError(f"{name} is {tuple(state_dict[name].shape)}, the model's is {tuple(shape)}")
-        for name, t in own.items():
-            t.data.copy_(self._shards[t].cut(state_dict[name], self.rank) if t in self._shards else state_dict[name])
+            t.data.copy_(self._mine(t, state_dict[name]))
         for unit in self._units:
             unit.free()
 
     def full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, rank: int | None = None) -> dict:
         """What optimizer.state_dict() would be without sharding, on the CPU. All ranks must call it; rank: as above."""
         keep = rank in (None, self.rank)
-        whole = _copied(optimizer.state_dict())
-        for p, entry in _entries(optimizer, whole):
-            for key, value in entry.items():
-                if isinstance(value, Tensor):
-                    entry[key] = self._whole(self._shards[p], value, keep) if p in self._shards and \
-                        value.shape == p.shape else value.cpu().clone()
+        whole = _map_state(optimizer, optimizer.state_dict(), lambda p, value: self._whole(p, value, keep))
         return whole if keep else {**whole, "state": {}}
 
     def load_full_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state_dict: dict) -> None:
-        """Loads what full_optimizer_state_dict() gave, or a plain optimizer's state_dict() of the same model."""
-        state_dict = _copied(state_dict)
-        for p, entry in _entries(optimizer, state_dict):
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and p in self._shards and value.shape == self._shards[p].shape:
-                    entry[key] = self._shards[p].cut(value, self.rank)
-        optimizer.load_state_dict(state_dict)
+        """Loads what full_optimizer_state_dict() gave, or a plain optimizer's state_dict() of the same model.
+        Raises: ValueError if it was made for other groups of parameters."""
+        optimizer.load_state_dict(_map_state(optimizer, state_dict, self._mine))
 
     def _record(self, event: str, unit: _Unit, bytes_more: int) -> None:
         self.gathered_bytes += bytes_more
         self.peak_gathered_bytes = max(self.peak_gathered_bytes, self.gathered_bytes)
-        if self.log:
-            self.log(event, unit.name)
+        self.log(event, unit.name)
 
-def _find_units(module: nn.Module) -> list[tuple[str, nn.Module, list[nn.Module]]]:
-    """(name, module that is called, modules whose weights it gathers), in registration order."""
-    units, seen = [], set()
+def _find_units(m: nn.Module, seen: set[nn.Module], name: str = "", block: bool = False):
+    """Yields (name, module that is called, modules whose weights it gathers), in registration order."""
+    if m in seen:
+        return
+    seen.add(m)
+    # MultiheadAttention reads out_proj.weight without calling out_proj.
+    members = list(m.modules()) if block or isinstance(m, nn.MultiheadAttention) else [m]
+    if any(p is not None and p.dim() >= 2 for member in members for p in member._parameters.values()):
+        yield name, m, members
+    for child_name, child in m.named_children() if len(members) == 1 else ():
+        entry = isinstance(m, nn.ModuleList) or isinstance(m, nn.Sequential) and not isinstance(child, nn.Sequential)
+        yield from _find_units(child, seen, f"{name}.{child_name}".lstrip("."),
+                               entry and not isinstance(child, (nn.ModuleList, nn.ModuleDict)))
 
-    def walk(name: str, m: nn.Module, block: bool) -> None:
-        if m in seen:
-            return
-        seen.add(m)
-        # MultiheadAttention reads out_proj.weight without calling out_proj.
-        members = list(m.modules()) if block or isinstance(m, nn.MultiheadAttention) else [m]
-        if any(p is not None and p.dim() >= 2 for member in members for p in member._parameters.values()):
-            units.append((name, m, members))
-        for child_name, child in m.named_children() if len(members) == 1 else ():
-            in_sequence = isinstance(m, nn.Sequential) and not isinstance(child, nn.Sequential)
-            container = isinstance(child, (nn.ModuleList, nn.ModuleDict))
-            walk(f"{name}.{child_name}".lstrip("."), child,
-                 (isinstance(m, nn.ModuleList) or in_sequence) and not container)
-    walk("", module, False)
-    return units
-
-def _tensors(output) -> list[Tensor]:
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return [output] if isinstance(output, Tensor) else [t for part in parts for t in _tensors(part)]
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1                             # in a forward: a checkpoint recomputes
 
 def _is_lookup(outputs: list[Tensor]) -> bool:
     """An embedding's backward needs no weight, so gathering it again would be for nothing."""
@@ -598,10 +544,13 @@ def _model(width: int, layers: int, vocab_size: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(embedding=nn.Embedding(vocab_size, width), **blocks,
                                      head=nn.Linear(width, vocab_size, bias=False)))
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, average=lambda model: None) -> None:
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     nn.functional.cross_entropy(model(ids).flatten(0, 1).float(), ids.roll(-1, 1).flatten()).backward()
-    model.finish_gradient_synchronization() if isinstance(model, FSDP) else average(model)
+    if isinstance(model, FSDP):
+        model.finish_gradient_synchronization()
+    elif type(model) is nn.Sequential:                                         # torch's own wrappers have done it
+        _average([*model.parameters()])
     optimizer.step()
 
 def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -610,11 +559,6 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     held = [getattr(t, "_local_tensor", t) for p in model.parameters()
             for t in (p, p.grad, *state.get(p, {}).values()) if t is not None and t.dim()]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held)}.values())
-
-def _average(model: nn.Module) -> None:
-    for p in model.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
 
 def _explain(rank: int, world_size: int) -> None:
     say = print if rank == 0 else lambda *_, **__: None
@@ -626,8 +570,8 @@ def _explain(rank: int, world_size: int) -> None:
         model = wrap(_model(16, 2, 50))
         optimizer = make(model.parameters())
         for i, batch in enumerate(batches):
-            model.log = (lambda event, unit: say(f"   {event:15s}{unit}")) if i == 1 else None
-            _step(model, optimizer, batch[rank], _average)
+            model.log = (lambda event, unit: say(f"   {event:15s}{unit}")) if i == 1 else lambda *_: None
+            _step(model, optimizer, batch[rank])
         return model, optimizer, _held(model, optimizer)
     plain, _, plain_bytes = train()
     say("1. Stage 1: who keeps whose moments, balanced by size")
@@ -676,14 +620,12 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
     """One step with each kind of sharding and with torch's own: time, and memory beside the sum.
 
     On a GPU stages 0 and 1 hold bf16 weights, gradients and moments (2 + 2 + 4 bytes), stage 3 fp32 ones and computes
-    in bf16; on a CPU all is fp32. Memory is what model and optimizer hold, and on a GPU how far a step of 64 tokens
-    rises above that: so activations hardly count, and what torch keeps of the row before not at all."""
+    in bf16; on a CPU all is fp32. Memory is what model and optimizer hold, and on a GPU how far a step of 64 tokens,
+    with hardly any activations, rises above that."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
     cuda = dist.get_backend() == "nccl"
-    device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    width, layers = args.width or (2560 if cuda else 128), args.layers or (32 if cuda else 4)
-    B, T, low = args.batch or (4 if cuda else 2), args.length or (512 if cuda else 64), torch.bfloat16 if cuda else None
+    device, low = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else None
     options, policy = dict(lr=1e-4, fused=cuda), MixedPrecisionPolicy(param_dtype=low, reduce_dtype=low)
 
     def fully_sharded(model: nn.Module) -> nn.Module:
@@ -693,31 +635,30 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
 
     def rest() -> int:                   # NCCL's watchdog holds what was sent until it looks, every tenth of a second
         gc.collect()
-        if not cuda:
-            return 0
-        torch.cuda.synchronize()
-        time.sleep(0.3)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-
+        if cuda:
+            torch.cuda.synchronize()
+            time.sleep(0.3)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() if cuda else 0
     replicated = lambda m: nn.parallel.DistributedDataParallel(m.to(low or torch.float32), gradient_as_bucket_view=True)
     adamw = lambda ps: torch.optim.AdamW(ps, **options)
     sharded = lambda cls: lambda ps: cls(ps, torch.optim.AdamW, **options)
+    with torch.device("meta"):
+        sizes = [sum(p.numel() for p in m.parameters()) for m in _model(args.width, args.layers, args.vocab)]
+    say = print if rank == 0 else lambda *_, **__: None
+    say(f"{dist.get_backend()} | N = {world_size} | {sum(sizes) / 1e6:.0f} M parameters, width {args.width}, "
+        f"{args.layers} layers, {args.batch} x {args.length} tokens a rank\n"
+        f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
     for name, stage, wrap, make in [("torch DDP, AdamW", 0, replicated, adamw),
                                     ("  ZeroRedundancyOptimizer", 1, replicated, sharded(ZeroRedundancyOptimizer)),
                                     ("  ShardedOptimizer", 1, replicated, sharded(ShardedOptimizer)),
                                     ("torch fully_shard, AdamW", 3, fully_sharded, adamw),
                                     ("FSDP, AdamW", 3, lambda m: FSDP(m, low, low or torch.float32), adamw)]:
         with torch.device(device):
-            model = _model(width, layers, args.vocab)
-        sizes = [sum(p.numel() for p in m.parameters()) for m in model]
+            model = _model(args.width, args.layers, args.vocab)
         model = wrap(model)
         optimizer = make(model.parameters())
-        if rank == 0 and stage == 0:
-            print(f"{dist.get_backend()} | N = {world_size} | {sum(sizes) / 1e6:.0f} M parameters, width {width}, "
-                  f"{layers} layers, {B} x {T} tokens a rank\n"
-                  f"{'':26s} {'step ms':>9s} {'spread':>8s} {'peak GB':>9s} {'predicted':>9s}")
         for _ in range(3):                           # the first makes the moments, torch DDP its buckets in the second
             measured, before = _held(model, optimizer), rest()
             _step(model, optimizer, torch.randint(args.vocab, (1, 64), device=device))
@@ -725,12 +666,10 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
             measured += torch.cuda.max_memory_allocated() - before             # how far the step rises above that
         # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
         held = bytes_held(sum(sizes), world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
-        predicted = (held + (sum(sizes[:2]) * (4 if cuda else 8) if stage == 3 else 0)) / 1e9
-        ids = torch.randint(args.vocab, (B, T), device=device)
+        predicted = held + (sum(sizes[:2]) * (4 if cuda else 8) if stage == 3 else 0)
+        ids = torch.randint(args.vocab, (args.batch, args.length), device=device)
         seconds, spread = _median_seconds(lambda: _step(model, optimizer, ids), device, args.repeats)
-        if rank == 0:
-            print(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {measured / 1e9:9.3f} {predicted:9.3f}",
-                  flush=True)
+        say(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {measured / 1e9:9.3f} {predicted / 1e9:9.3f}")
         del model, optimizer
         rest()
 
@@ -738,18 +677,21 @@ def main() -> int:
     """Explains and checks, or times. Under torchrun: one rank a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", action="store_true", help="time and measure each stage beside torch's own")
-    for name in ("width", "layers", "batch", "length"):
-        parser.add_argument(f"--{name}", type=int, help="of the model that --bench trains; batch, length: per rank")
-    parser.add_argument("--vocab", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=10)
+    cuda = torch.cuda.is_available()
+    for name, large, small in [("width", 2560, 128), ("layers", 32, 4), ("batch", 4, 2), ("length", 512, 64),
+                               ("vocab", 10_000, 10_000), ("repeats", 10, 10)]:
+        parser.add_argument(f"--{name}", type=int, default=large if cuda and "RANK" in os.environ else small,
+                            help="for --bench; batch and length are of one rank")
     args = parser.parse_args()
-    if "RANK" in os.environ and args.bench:                                    # torchrun started this process
-        if cuda := torch.cuda.is_available():
+    if not args.bench:
+        self_check()
+    elif "RANK" not in os.environ:
+        spawn(bench, 2, args)
+    else:                                                                      # torchrun started this process
+        if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")
         run_rank(bench, dist.get_rank(), dist.get_world_size(), args)
-    else:
-        spawn(bench, 2, args) if args.bench else self_check()
     return 0
 
 

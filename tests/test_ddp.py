@@ -429,7 +429,7 @@ def leave_traces(rank, world_size, folder):
 
 
 def test_a_rank_does_not_end_through_the_interpreter(tmp_path):
-    """There gloo's threads, which torch._dynamo keeps alive, would ask for a lock that is gone, and abort the process."""
+    """There gloo's threads, which torch._dynamo keeps alive, ask for a lock that is gone, and abort the process."""
     ddp.spawn(leave_traces, 2, str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == ["work 0", "work 1"]
 

@@ -370,7 +370,8 @@ def start_ranks(arguments: list[str], until: str) -> subprocess.Popen:
 def kill(launcher: subprocess.Popen, rank: int, how: signal.Signals) -> None:
     """Sends the signal to a rank of the job."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    found = [pid for pid in children if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    variable = f"RANK={rank}".encode()
+    found = [pid for pid in children if variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
     assert len(found) == 1, found
     os.kill(int(found[0]), how)
 
@@ -400,7 +401,8 @@ def test_two_ranks_equal_one(corpus, tmp_path, kind):
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks' processes in /proc")
 @pytest.mark.parametrize("kind", ["ddp", "zero1", "fsdp"])
 def test_a_killed_rank_ends_the_job_with_its_name_and_restarts_go_on_from_the_checkpoint(corpus, tmp_path, kind):
-    flags = ["--steps", "150", "--eval-every", "150", "--log-every", "1", "--checkpoint-every", "10", "--parallel", kind]
+    flags = ["--steps", "150", "--eval-every", "150", "--log-every", "1", "--checkpoint-every", "10",
+             "--parallel", kind]
     whole = run(torchrun(*command(corpus, tmp_path / "whole", *flags)[1:]))
     assert whole.returncode == 0, whole.stderr
     job = start_ranks(command(corpus, tmp_path / "killed", *flags)[1:], "step 12/")
