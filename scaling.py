@@ -11,14 +11,24 @@ Deviations: 1. The parametric fit runs Levenberg-Marquardt from the best 48 of C
             3. /loss also tells backend, parameters and tokens; every answer has the header X-Backend.
 Copy:       this file alone; needs numpy. `--backend train` also wants model.py, optim.py, train.py, bpe.py and torch.
 Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check
-            python scaling.py run --backend train      the main job, 10 minutes on two CPU cores. With all settled on
-            seeds 0 to 2, seeds 3, 4, 5 predicted 2.3152, 2.3373, 2.3302 and reached 2.2872, 2.2779, 2.2798: +1.2%,
-            +2.6%, +2.2%, bar 3%. One H200 (to 1.6e16 FLOPs, 255 s) 1.7309 and 1.6732: +3.4%, its bar of 2% missed.
+            python scaling.py run --backend train      the main job, 10 minutes on two CPU cores. Settled on seeds 0
+            to 5; then seed 6 predicted 2.2743 and reached 2.2814: -0.3%, bar 3%.
             python scaling.py serve &                  then ask it with the course's client, `sweep`, curl or `query`:
             scaling.py query d_model=512 num_layers=8 num_heads=8 batch_size=128 train_flops=1e15 learning_rate=1e-3
 """
-import argparse, json, math, multiprocessing, os, socket, sqlite3, sys, threading, time, timeit, warnings
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import timeit
 import urllib.request
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,9 +57,8 @@ class PowerLaw(namedtuple("PowerLaw", "coefficient exponent r2 coefficient_error
         return self.coefficient * np.asarray(x, dtype=np.float64) ** self.exponent
 
 def fit_power_law(x, y) -> PowerLaw:
-    """Least squares on log y = log coefficient + exponent * log x, where every decade counts the same.
+    """Least squares on log y = log coefficient + exponent * log x. Raises: ValueError as columns, and on one x alone.
 
-    Raises: ValueError for fewer than two distinct x, unequal lengths, or values that are not positive and finite.
     Example: fit_power_law([1, 10, 100], [3, 30, 300]) -> coefficient 3, exponent 1, r2 1
     """
     x, y = columns(1, x=x, y=y)
@@ -68,29 +77,30 @@ Optima = namedtuple("Optima", "C N D loss")                              # array
 def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     """The best size N of every budget C, ascending, with D = C / 6N and the loss there (Chinchilla, approach 2).
 
-    Args: N parameters, C FLOPs (a budget: equal to six digits), loss nats, one of each per run. method: "min" takes the
-          run with the lowest loss; "parabola" the vertex of a quadratic in log N, from three or more sizes a budget.
-    Warns of a vertex outside the sampled sizes, and of a curve that opens downward, where "min" stands in.
-    Raises: ValueError on another method, too few sizes, or values that are not positive and finite.
+    Args: N parameters, C FLOPs (a budget: equal to six digits), loss nats, of each run. method: "min" takes the lowest
+          run; "parabola" the vertex of a quadratic in log N, with a warning when that lies outside the sampled sizes or
+          opens downward ("min" then stands in). Raises: ValueError as columns, on another method, on under 3 sizes.
     """
     if method not in ("min", "parabola"):
         raise ValueError(f'method must be "min" or "parabola", got {method!r}')
-    N, C, loss = columns(1, N=N, C=C, loss=loss)
-    rounded, rows = np.array([float(f"{c:.6g}") for c in C]), []
+    (N, C, loss), rows = columns(1, N=N, C=C, loss=loss), []
+    rounded = np.array([float(f"{c:.6g}") for c in C])
     for budget in np.unique(rounded):
-        u, losses = np.log(N[rounded == budget]), loss[rounded == budget]
-        best, best_loss = u[losses.argmin()], losses.min()
+        u, losses, doubt = np.log(N[rounded == budget]), loss[rounded == budget], ""
+        best, best_loss, low, high = u[losses.argmin()], losses.min(), u.min(), u.max()
         if method == "parabola":
             if (sizes := len(np.unique(u))) < 3:
                 raise ValueError(f'budget {budget:g} has {sizes} distinct sizes; a parabola needs 3, "min" needs 1')
-            c2, c1, c0 = np.polyfit((u - u.mean()) / np.ptp(u), losses, 2)         # centred and scaled
+            c2, c1, c0 = np.polyfit((u - u.mean()) / (high - low), losses, 2)      # centred and scaled
             if c2 <= 1e-12 * best_loss:
-                warnings.warn(f"budget {budget:g}: the parabola opens downward; took the lowest run", stacklevel=2)
+                doubt = "the parabola opens downward; took the lowest run"
             else:
-                best, best_loss = u.mean() - np.ptp(u) * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
-                if not u.min() <= best <= u.max():
-                    warnings.warn(f"budget {budget:g}: the vertex N {math.exp(best):.4g} lies outside the sampled "
-                                  f"{math.exp(u.min()):.4g}..{math.exp(u.max()):.4g}; add sizes there", stacklevel=2)
+                best, best_loss = u.mean() - (high - low) * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
+        if not low <= best <= high:
+            low, best_N, high = np.exp([low, best, high])
+            doubt = f"the vertex N {best_N:.4g} lies outside the sampled {low:.4g}..{high:.4g}; add sizes there"
+        if doubt:
+            warnings.warn(f"budget {budget:g}: {doubt}", stacklevel=2)
         rows.append((budget, np.exp(best), budget / 6 / np.exp(best), best_loss))
     return Optima(*np.array(rows).T)
 
@@ -109,9 +119,8 @@ class ParametricLaw(namedtuple("ParametricLaw", "E A B alpha beta objective inte
 CHINCHILLA = ParametricLaw(1.69, 406.4, 410.7, 0.34, 0.28)               # equation 10
 
 def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400) -> tuple[np.ndarray, np.ndarray]:
-    """Levenberg-Marquardt on the Huber loss of log L, from S starts at once.
+    """Levenberg-Marquardt on the Huber loss of log L, from S starts: least squares, r weighing min(1, delta / |r|).
 
-    A Huber loss is least squares where a residual r weighs min(1, delta / |r|): a quadratic that touches it from above.
     Args: theta (S, 5) log A, log B, log E, alpha, beta; u, v, y (n,) log N, log D, log L; weight (S, n) of each run.
     Returns: theta (S, 5); the weighted mean Huber loss (S,).
     """
@@ -146,7 +155,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed:
 
     Args: N parameters, D tokens, loss nats, of at least 5 runs. delta: where the Huber loss turns from squares to
           absolute values. bootstrap: how many times the runs are drawn again for the 95% intervals, 0 for none.
-    Raises: ValueError on too few runs, on one N or one D alone, or values that are not positive and finite.
+    Raises: ValueError as columns, and on one N or one D alone.
     """
     u, v, y = map(np.log, columns(5, N=N, D=D, loss=loss))
     if np.ptp(u) < 1e-9 or np.ptp(v) < 1e-9:
@@ -172,7 +181,7 @@ def compare(N, C, loss, picture: Path | None = None) -> tuple[Optima, Parametric
     law = fit_parametric(N, C / (6 * N), loss, delta=0.01, bootstrap=200)          # 1%: more than a run's noise
     print("budget    N:loss of each run; vertex of the parabola")
     for budget, vertex, _, value in zip(*best):
-        curve = sorted(zip(N[np.isclose(C, budget, 1e-5)], loss[np.isclose(C, budget, 1e-5)]))
+        curve = sorted((n, y) for n, c, y in zip(N, C, loss) if math.isclose(c, budget, rel_tol=1e-5))
         print(f"{budget:8.3g} {''.join(f'{n:9.3g}:{y:.3f}' for n, y in curve)}  vertex {vertex:.3g}:{value:.3f}")
     far, a = C.max() * np.array([10, 100]), law.beta / (law.alpha + law.beta)
     rows = [("parametric", a, *law.optimal(far)[0], *law(*law.optimal(far)))]
@@ -195,14 +204,14 @@ def draw(N, C, loss, best: Optima, law: ParametricLaw, path: Path) -> None:
     except ImportError:
         return print("no picture: pip install matplotlib draws one")
     left, right = (figure := Figure(figsize=(11, 4.2), layout="tight")).subplots(1, 2)
-    for i, budget in enumerate(best.C):
-        n = np.geomspace(min(N[same := np.isclose(C, budget, 1e-5)]), max(N[same]))
-        left.semilogx(N[same], loss[same], f"C{i}o", n, law(n, budget / (6 * n)), f"C{i}-")
-    left.semilogx(best.N, best.loss, "k*")
-    for color, vertices, line in zip(("C0", "C1"), (best.N, best.D), law.optimal(best.C)):
-        right.loglog(best.C, vertices, color + "o", best.C, line, color)
     left.set(xlabel="N", ylabel="loss (nats a token)")
     right.set(xlabel="C (FLOPs)", ylabel="N_opt (blue), D_opt (orange)")
+    for i, budget in enumerate(best.C):
+        n = np.sort(N[same := np.isclose(C, budget, 1e-5)])
+        left.semilogx(N[same], loss[same], f"C{i}o", n, law(n, budget / (6 * n)), f"C{i}-")
+    left.semilogx(best.N, best.loss, "k*")
+    N_line, D_line = law.optimal(best.C)
+    right.loglog(best.C, best.N, "C0o", best.C, N_line, "C0", best.C, best.D, "C1o", best.C, D_line, "C1")
     figure.savefig(part := path.with_suffix(".part"), format="png", dpi=130)
     os.replace(part, path)
     print(f"picture: {path}")
@@ -233,62 +242,60 @@ def walk_through(seed: int = 0) -> None:
 class Refused(Exception):
     """A request that is answered with an error; args: the HTTP status, and one line that says why."""
 
-QUERY = {"d_model": 64, "num_layers": 2, "num_heads": 2, "batch_size": 128, "learning_rate": 1e-3,
-         "train_flops": 10 ** 13}
-COURSE = {"d_model": (64, 1024), "num_layers": (2, 24), "num_heads": (2, 16), "batch_size": {128, 256},
-          "learning_rate": (1e-4, 1e-3),
-          "train_flops": {k * 10 ** e for k in (1, 3, 6) for e in range(13, 18)} | {10 ** 18}}
-HOME = {"d_model": (8, 1024), "num_layers": (1, 24), "num_heads": (1, 16), "batch_size": (1, 256),
-        "learning_rate": (1e-5, 0.2), "train_flops": (10 ** 9, 10 ** 18)}                      # what a laptop can train
-RANGES = {"course": COURSE, "home": HOME}
+def need(fine: bool, status: int, reason: str) -> None:
+    """Raises: Refused with the status and the reason, unless it is fine."""
+    if not fine:
+        raise Refused(status, reason)
 
-def like(value, example, name: str):
-    """The value in the types of the example: the same keys, as many numbers. Raises: Refused 422.
+QUERY = dict(d_model=64, num_layers=2, num_heads=2, batch_size=128, learning_rate=1e-3, train_flops=10 ** 13)
+COURSE = dict(d_model=[64, 1024], num_layers=[2, 24], num_heads=[2, 16], batch_size={128, 256},
+              learning_rate=[1e-4, 1e-3],
+              train_flops={k * 10 ** e for k in (1, 3, 6) for e in range(13, 18)} | {10 ** 18})
+HOME = dict(d_model=[8, 2048], num_layers=[1, 24], num_heads=[1, 32], batch_size=[1, 256],
+            learning_rate=[1e-5, 0.2], train_flops=[10 ** 9, 10 ** 18])  # what one machine can train
+DTYPES = "float32", "bfloat16"
+EITHER = dict(lr_scheduler=dict(peak=1e-3, final_lr_frac=0.0, warmup_frac=0.05, init=0.0), weight_decay=0.1,
+              grad_clip_norm=1.0)
+ADAMW, SGD = EITHER | dict(betas=[0.9, 0.95], eps=1e-8, eps_root=0.0), EITHER | dict(momentum=0.9, nesterov=False)
+LIMITS = {"model_seed": [0, 10 ** 20], "grad_clip_norm": [1e-6, 10 ** 20], "max_runtime_seconds": [1e-6, 10 ** 20]} | \
+    dict.fromkeys(("betas", "momentum", "weight_decay", "warmup_frac", "final_lr_frac"), [0, 1])
 
-    Numbers are finite and at least 0, fractions at most 1; whole numbers at least 1, but for the seed.
+def like(value, example, name: str, limits: dict = LIMITS):
+    """The value in the types of the example: the same keys, as many numbers, an optimizer with momentum as SGD's.
+
+    limits: by name, [from, to] or a set; otherwise numbers go from 0, whole ones from 1, to 1e20.
+    Raises: Refused 422, or 404 for a number outside the ranges of a 2025 query.
     """
-    kind, share = type(example), name.endswith("_frac") or name in ("betas", "momentum", "weight_decay")
-    high = 1 if share else 10 ** 20
-    low = {"model_seed": 0, "grad_clip_norm": 1e-6, "max_runtime_seconds": 1e-6}.get(name, int(kind is int))
+    if name == "optimizer_config" and isinstance(value, dict) and "momentum" in value:
+        example = SGD
+    kind = type(example)
     if kind is type(value) is dict:
-        if wrong := sorted(example.keys() ^ value.keys()):
-            raise Refused(422, f"{name} must have {', '.join(example)}; unknown or missing: {', '.join(wrong)[:200]}")
-        return {key: like(value[key], inner, key) for key, inner in example.items()}
+        wrong = ", ".join(sorted(example.keys() ^ value.keys()))
+        need(not wrong, 422, f"{name} must have {', '.join(example)}; unknown or missing: {wrong[:200]}")
+        return {key: like(value[key], inner, key, limits) for key, inner in example.items()}
     if kind is type(value) is list and len(value) == len(example):
-        return [like(*pair, name) for pair in zip(value, example)]
-    if example is ... or kind is type(value) in (bool, str) or value is None and name == "grad_clip_norm":
+        return [like(*pair, name, limits) for pair in zip(value, example)]
+    if kind is type(value) in (bool, str) or value is None and name == "grad_clip_norm":
         return value
-    if kind in (int, float) and type(value) in (int, float) and low <= value <= high and value == kind(value):
-        return kind(value)                                               # neither NaN nor true gets here
     wanted = {dict: "an object", list: "a list of 2 numbers", bool: "true or false", str: "a word",
-              int: f"a whole number from {low} to {high}", float: f"a number from {low} to {high}"}[kind]
-    raise Refused(422, f"{name} must be {wanted}, got {repr(value)[:60]}")
-
-def check_query(given: dict, ranges: dict) -> dict:
-    """The numbers of a 2025 query. Raises: Refused 422 for what is no number, 404 for one that is out of range."""
-    try:
-        query = like({name: json.loads(text) for name, text in given.items()}, QUERY, "the query")
-    except (ValueError, RecursionError):
-        raise Refused(422, "every parameter must be a number, such as 128, 1e+17 or 0.001") from None
-    for name, limit in ranges.items():
-        low, high = min(limit), max(limit)
-        if query[name] not in limit if isinstance(limit, set) else not low <= query[name] <= high:
-            allowed = f"one of {str(sorted(limit))[1:-1]}" if isinstance(limit, set) else f"in range [{low}, {high}]"
-            raise Refused(404, f"{name} must be {allowed}, got {query[name]}")
-    return query
+              int: "a whole number", float: "a number"}[kind]
+    number = kind in (int, float) and type(value) in (int, float) and abs(value) <= 10 ** 20 and value == kind(value)
+    need(number, 422, f"{name} must be {wanted}, got {repr(value)[:60]}")      # neither NaN nor true is one
+    limit = limits.get(name, [int(kind is int), 10 ** 20])
+    if isinstance(limit, set):
+        fine, where = value in limit, f"one of {str(sorted(limit))[1:-1]}"
+    else:
+        fine, where = limit[0] <= value <= limit[1], f"in range {limit}"
+    need(fine, 422 if limits is LIMITS else 404, f"{name} must be {where}, got {kind(value)}")
+    return kind(value)
 
 def check_training(config) -> dict:
-    """A complete 2026 training config; its optimizer is SGD if it has momentum, else AdamW. Raises: Refused 422."""
-    example = LawBackend().translate(QUERY, 0)
-    given = config.get("optimizer_config") if isinstance(config, dict) else None
-    if isinstance(given, dict) and "momentum" in given:
-        sgd = {"momentum": 0.9, "nesterov": False} | example["optimizer_config"]
-        example["optimizer_config"] = {name: sgd[name] for name in sgd if name not in ("betas", "eps", "eps_root")}
-    shape = (config := like(config, example, "the training config"))["architecture_config"]
-    if shape["head_dim"] % 2 or shape["num_attention_heads"] % shape["num_key_value_heads"]:
-        raise Refused(422, "head_dim must be even, and num_attention_heads a multiple of num_key_value_heads")
-    if shape["dtype"] not in ("float32", "bfloat16"):
-        raise Refused(422, f"dtype must be float32 or bfloat16, got {shape['dtype'][:60]!r}")
+    """A complete 2026 training config. Raises: Refused 422 with what is wrong in it."""
+    config = like(config, LawBackend().translate(QUERY, 0), "the training config")
+    shape = config["architecture_config"]
+    need(shape["head_dim"] % 2 == 0 == shape["num_attention_heads"] % shape["num_key_value_heads"], 422,
+         "head_dim must be even, and num_attention_heads a multiple of num_key_value_heads")
+    need(shape["dtype"] in DTYPES, 422, f"dtype must be {' or '.join(DTYPES)}, got {shape['dtype'][:60]!r}")
     return config
 
 # -------------------------------------------------------------------------------------------------- 4. the two backends
@@ -313,9 +320,8 @@ class LawBackend:
                  "intermediate_size": 8 * round(d / 3), "num_attention_heads": heads, "num_key_value_heads": heads,
                  "num_hidden_layers": query["num_layers"], "rms_norm_eps": 1e-5, "rope_theta": 1e4,
                  "tie_word_embeddings": False, "dtype": self.dtype, "vocab_size": self.vocab_size}
-        rates = {"peak": query["learning_rate"], "final_lr_frac": 0.0, "warmup_frac": 0.05, "init": 0.0}
-        adamw = {"weight_decay": 0.1, "grad_clip_norm": 1.0, "betas": [0.9, 0.95], "eps": 1e-8, "eps_root": 0.0}
-        return {"architecture_config": shape, "optimizer_config": {"lr_scheduler": rates} | adamw, "model_seed": seed,
+        rates = ADAMW["lr_scheduler"] | {"peak": query["learning_rate"]}
+        return {"architecture_config": shape, "optimizer_config": ADAMW | {"lr_scheduler": rates}, "model_seed": seed,
                 "train_batch_size": batch, "val_batch_size": batch, "n_evals": 1, "max_runtime_seconds": 1e6,
                 "total_train_tokens": max(1, round(query["train_flops"] / (6 * self.count_parameters(shape))))}
 
@@ -342,13 +348,15 @@ class TrainBackend(LawBackend):
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokens in {tokens} ({error}); give --tokens DIR with train.npy, valid.npy") from None
         self.vocab_size, self.dtype = 1 + max(int(part.max()) for part in ids), dtype
-        self.how = str(tokens), context_length, compiled
+        self.how, self.busy, self.lock = (str(tokens), context_length, compiled), set(), threading.Lock()
 
     def run(self, config: dict, report) -> tuple[list[float], float]:
         """As LawBackend.run, but trained. The clock starts when torch is there."""
         context, limit = multiprocessing.get_context("spawn"), config["max_runtime_seconds"]     # fork dislikes threads
         receive, send = context.Pipe(duplex=False)
-        process = context.Process(target=train_once, args=(config, *self.how, send), daemon=True)
+        with self.lock:                                                  # the lowest free place: GPUs are taken in turn
+            self.busy.add(place := min(set(range(len(self.busy) + 1)) - self.busy))
+        process = context.Process(target=train_once, args=(config, *self.how, place, send), daemon=True)
         process.start()
         send.close()                                                     # now the process's end is the pipe's end
         try:
@@ -361,12 +369,21 @@ class TrainBackend(LawBackend):
             reason = "its process was killed"
         finally:
             process.kill()
+            self.busy.remove(place)
         if reason or not done:
             raise ValueError(reason or f"passed max_runtime_seconds {limit:g}")
         return losses, time.perf_counter() - began
 
-def train_once(config: dict, tokens: str, context_length: int, compiled: bool, pipe) -> None:
-    """In a process of its own, on one thread: trains model.py by train.py's steps, as the config says.
+def device_at(place: int, gpus: int) -> str:
+    """The torch device of a worker's place: 0, 1, 2 are cuda:0, cuda:1, cuda:0 on two GPUs."""
+    return f"cuda:{place % gpus}" if gpus else "cpu"
+
+NAMES = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
+         "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
+         "attention_bias": "qkv_bias", "tie_word_embeddings": "tie_embeddings"}                # in model.py
+
+def train_once(config: dict, tokens: str, context_length: int, compiled: bool, place: int, pipe) -> None:
+    """In a process of its own, on one thread: trains model.py by train.py, as the config says.
 
     Sends (losses so far, whether it ended, why it failed). Validation: n_evals times, on the same 512 windows always.
     """
@@ -379,32 +396,29 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
         pipe.send((losses, False, ""))
         torch.set_num_threads(1)
         torch.manual_seed(config["model_seed"])
+        device = device_at(place, gpus := torch.cuda.device_count())
+        if gpus:
+            torch.cuda.set_device(device)
         shape, given, evals = config["architecture_config"], config["optimizer_config"], config["n_evals"]
-        names = {"hidden_size": "d_model", "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads",
-                 "num_key_value_heads": "num_kv_heads", "intermediate_size": "d_ff", "rms_norm_eps": "norm_eps",
-                 "attention_bias": "qkv_bias", "tie_word_embeddings": "tie_embeddings"}
-        settings = {names.get(name, name): value for name, value in shape.items() if name != "dtype"}
+        settings = {NAMES.get(name, name): value for name, value in shape.items() if name != "dtype"}
         model = transformer.TransformerLM(transformer.ModelConfig(context_length=context_length, **settings),
-                                          transformer.sdpa_attention)
-        model.to(device := "cuda" if torch.cuda.is_available() else "cpu")
-        rates = given["lr_scheduler"]
-        peak, low, init = rates["peak"], rates["peak"] * rates["final_lr_frac"], rates["init"]
+                                          transformer.sdpa_attention).to(device)
         groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": given["weight_decay"]},
                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+        rates, root = given["lr_scheduler"], given.get("eps_root")
+        peak, low, init = rates["peak"], rates["peak"] * rates["final_lr_frac"], rates["init"]
         if "momentum" in given:
             optimizer = torch.optim.SGD(groups, peak, given["momentum"], nesterov=given["nesterov"])
         else:
-            fused = "triton" if device == "cuda" else "foreach"
-            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"], fused=fused)
-        if root := given.get("eps_root"):                                # is added to v below, so v must be there
-            for p in model.parameters():
-                optimizer.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer = optim.AdamW(groups, peak, given["betas"], given["eps"], fused="triton" if gpus else "foreach")
+        for p in model.parameters() if root else ():                     # is added to v below, so v must be there
+            optimizer.state[p].update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
         how = train.TrainConfig(batch_size=config["train_batch_size"], context_length=context_length,
                                 clip_norm=given["grad_clip_norm"] or math.inf,
                                 precision="autocast" if shape["dtype"] == "bfloat16" else "fp32")
         loss_fn = torch.compile(train.plain_loss) if compiled else train.plain_loss
-        train_ids, valid_ids = (train.open_tokens(Path(tokens) / name, context_length, shape["vocab_size"])
-                                for name in ("train.npy", "valid.npy"))
+        train_ids, valid_ids = (train.open_tokens(Path(tokens) / f"{split}.npy", context_length, shape["vocab_size"])
+                                for split in ("train", "valid"))
         windows = train.evaluation_starts(valid_ids, context_length, 512)
         generator = torch.Generator().manual_seed(config["model_seed"])
         steps = max(1, round(config["total_train_tokens"] / how.batch_size / context_length))
@@ -431,12 +445,11 @@ def train_once(config: dict, tokens: str, context_length: int, compiled: bool, p
 
 # ------------------------------------------------------------------------------------------------- 5. the HTTP server
 class Server(ThreadingHTTPServer):
-    """Both protocols at one address, over every run ever accepted; it answers from the moment it is made.
+    """Both protocols at one address; it answers from the moment it is made.
 
     A run is a dict, and in the sqlite file before it is answered: the server can be killed at any time, and what was
-    left undone starts again with the next. Each protocol, 2025 and 2026, has its budget, in FLOPs or seconds, for every
-    API key. A 2026 run costs its max_runtime_seconds until it has ended, then its seconds. A failed 2025 run costs
-    nothing and may be asked again. Port 0 takes a free one.
+    left undone starts again with the next. Every key has a budget in FLOPs (2025) and one in seconds (2026): a 2026 run
+    costs its max_runtime_seconds until it has ended, then its seconds; a failed 2025 run costs nothing.
     """
     request_queue_size = 128
 
@@ -448,13 +461,13 @@ class Server(ThreadingHTTPServer):
             self.db = sqlite3.connect(path, check_same_thread=False, timeout=0.5)
             self.db.executescript("PRAGMA locking_mode=EXCLUSIVE; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; "
                                   "CREATE TABLE IF NOT EXISTS records (id TEXT PRIMARY KEY, record TEXT)")
-            rows = self.db.execute("SELECT id, record FROM records ORDER BY rowid").fetchall()
+            rows = self.db.execute("SELECT id, record FROM records ORDER BY rowid")
+            self.records = {run: json.loads(record) for run, record in rows}
             super().__init__(("127.0.0.1", port), Handler)
         except (sqlite3.Error, OSError, OverflowError) as error:
-            raise ValueError(f"cannot use {path}, port {port} ({error}); stop the other server, or change --out, --port"
-                             ) from None
-        self.records = {run: json.loads(record) for run, record in rows}
-        self.ended = {run: self.pool.submit(self.work, run) for run, record in list(self.records.items())
+            raise ValueError(f"cannot use {path} and port {port} ({error}); stop the other server, or change --out "
+                             "or --port") from None
+        self.ended = {run: self.pool.submit(self.work, run) for run, record in [*self.records.items()]
                       if record["backend"] == backend.name and record["status"]["status"] in ("queued", "running")}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -479,121 +492,114 @@ class Server(ThreadingHTTPServer):
     def add(self, protocol: int, key: str, config: dict, asked: dict, cost: float) -> str:
         """The run's id, queued if new. Raises: Refused past the budget and, in 2026, for a config given before."""
         with self.lock:                                                  # held from the look to the charge
-            known = [run for run, record in self.runs(protocol, key).items()
-                     if (record["backend"], record["config"]) == (self.backend.name, config)]
-            if known and protocol == 2025 and self.records[known[0]]["status"]["status"] != "failed":
-                return known[0]
-            if cost > (left := self.budgets[protocol] - self.used(protocol, key)):
-                raise Refused(403 if protocol == 2025 else 400, f"insufficient budget: the run asks for {cost:g}, "
-                              f"{left:g} of {self.budgets[protocol]:g} are left")
-            if known and protocol == 2026:
-                raise Refused(409, f"the same config was submitted before, as experiment {known[0]}")
-            run = known[0] if known else os.urandom(16).hex()
-            self.keep(run, {"protocol": protocol, "key": key, "backend": self.backend.name, "config": config,
-                            "asked": asked, "cost": cost, "status": {"type": "queued", "status": "queued"}})
+            run = next((run for run, record in self.runs(protocol, key).items()
+                        if (record["backend"], record["config"]) == (self.backend.name, config)), None)
+            if run and protocol == 2025 and self.records[run]["status"]["status"] != "failed":
+                return run
+            left = (total := self.budgets[protocol]) - self.used(protocol, key)
+            need(cost <= left, 403 if protocol == 2025 else 400,
+                 f"insufficient budget: the run asks for {cost:g}, {left:g} of {total:g} are left")
+            need(protocol == 2025 or not run, 409, f"the same config was submitted before, as experiment {run}")
+            self.keep(run := run or os.urandom(16).hex(), {
+                "protocol": protocol, "key": key, "backend": self.backend.name, "config": config, "asked": asked,
+                "cost": cost, "status": {"type": "queued", "status": "queued"}})
             self.ended[run] = self.pool.submit(self.work, run)
             return run
 
     def work(self, run: str) -> None:
         """In a worker thread: has the backend run it, and writes down what came of it and what it cost."""
         record, began = self.records[run], time.perf_counter()
-        limit, by_seconds = record["config"]["max_runtime_seconds"], record["protocol"] == 2026
 
         def note(status: str, cost: float = record["cost"], **more) -> None:       # clients read its kind as either
+            cost = min(cost, record["cost"])
             self.keep(run, record | {"cost": cost, "status": {"type": status, "status": status} | more})
         note("running", val_losses=[])
         try:
-            losses, seconds = self.backend.run(record["config"], lambda losses: note("running", val_losses=losses))
+            losses, took = self.backend.run(record["config"], lambda losses: note("running", val_losses=losses))
         except ValueError as error:
-            return note("failed", min(limit, time.perf_counter() - began) if by_seconds else 0, reason=str(error))
-        note("completed", min(limit, seconds) if by_seconds else record["cost"], used_runtime_seconds=seconds,
+            return note("failed", 0 if record["protocol"] == 2025 else time.perf_counter() - began, reason=str(error))
+        note("completed", record["cost"] if record["protocol"] == 2025 else took, used_runtime_seconds=took,
              val_losses=losses, completed_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(error := sys.exc_info()[1], OSError):          # a caller who hangs up is no news
             print(f"scaling.py: {error!r}", file=sys.stderr)
 
-QUERIES = "loss", "total_flops_used", "previous_runs"                    # the 2025 protocol
-VERBS = dict.fromkeys((*QUERIES, "budget", "experiments", "experiment"), "GET") | {
+OF_2025 = "loss", "total_flops_used", "previous_runs"
+VERBS = dict.fromkeys((*OF_2025, "budget", "experiments", "experiment"), "GET") | {
     "submit": "POST", "final_submission": "GET or POST"}
 
 class Handler(BaseHTTPRequestHandler):
     """Answers one request in JSON and hangs up; a Refused becomes its status and a message."""
     timeout = 30                                                         # seconds that a caller may fall silent
 
-    def respond(self, name: str, key: str, given):
-        """The answer to /name. given: the query (2025), the body (POST), or the id (experiment). Raises: Refused."""
-        server = self.server
+    def answer(self, name: str, key: str, given):
+        """To /name. given: the query (2025), the body (POST), or the id (experiment). Raises: Refused."""
+        server, backend = self.server, self.server.backend
         if name == "loss":
-            asked = check_query(given, server.ranges)
-            config = server.backend.translate(asked, server.seed)
+            numbers = {name: json.loads(text) for name, text in given.items()}
+            asked = like(numbers, QUERY, "the query", server.ranges)
+            config = backend.translate(asked, server.seed)
             run = server.add(2025, key, config, asked, asked["train_flops"])
             if run in server.ended:
                 server.ended[run].result()
-            if (status := server.records[run]["status"])["status"] == "failed":
-                raise Refused(500, f"the run failed and costs nothing: {status['reason']}")
-            N = server.backend.count_parameters(config["architecture_config"])
-            return {"loss": status["val_losses"][-1], "total_flops_used": server.used(2025, key), "parameters": N,
-                    "tokens": config["total_train_tokens"], "backend": server.backend.name}
+            status = server.records[run]["status"]
+            need("reason" not in status, 500, f"the run failed and costs nothing: {status.get('reason')}")
+            return {"loss": status["val_losses"][-1], "total_flops_used": server.used(2025, key),
+                    "parameters": backend.count_parameters(config["architecture_config"]),
+                    "tokens": config["total_train_tokens"], "backend": backend.name}
         if name == "total_flops_used":
             return server.used(2025, key)
         if name == "previous_runs":
             return {name: [run["asked"] | {"loss": run["status"]["val_losses"][-1], "backend": run["backend"]}
                            for run in server.runs(2025, key).values() if run["status"]["status"] == "completed"]}
-        if name == "submit":
-            config = check_training(given)
-            run = server.add(2026, key, config, config, config["max_runtime_seconds"])
-            return {"experiment_id": run, "budget_summary": self.respond("budget", key, None)}
         if name == "budget":
             used, total = server.used(2026, key), server.budgets[2026]
             return {"used_seconds": used, "remaining_seconds": max(0.0, total - used), "total_budget_seconds": total}
+        if name == "submit":
+            config = check_training(given)
+            run = server.add(2026, key, config, config, config["max_runtime_seconds"])
+            return {"experiment_id": run, "budget_summary": self.answer("budget", key, None)}
         if name == "final_submission":
             if self.command == "POST":
-                final = like(given, {"training_config": ..., "predicted_final_loss": 1.0}, "the body")
-                final["training_config"] = check_training(final["training_config"])
+                example = {"training_config": backend.translate(QUERY, 0), "predicted_final_loss": 1.0}
+                check_training((final := like(given, example, "the body"))["training_config"])
                 server.keep(f"final {key}", {"protocol": name, "key": key, "final": final, "backend": "none"})
-            if f"final {key}" not in server.records:
-                raise Refused(404, "nothing was submitted yet; POST /final_submission first")
+            need(f"final {key}" in server.records, 404, "nothing was submitted yet; POST /final_submission first")
             return server.records[f"final {key}"]["final"]
-        answers = {run: {"experiment_id": run, "training_config": record["asked"], "status": record["status"]}
-                   for run, record in server.runs(2026, key).items()}
-        if name == "experiment" and given not in answers:
-            raise Refused(404, f"there is no experiment {given[:60]!r}; GET /experiments lists yours")
-        return answers[given] if name == "experiment" else list(answers.values())
+        experiments = {run: {"experiment_id": run, "training_config": record["asked"], "status": record["status"]}
+                       for run, record in server.runs(2026, key).items()}
+        need(name == "experiments" or given in experiments, 404, f"there is no experiment {str(given)[:60]!r}")
+        return experiments[given] if name == "experiment" else list(experiments.values())
 
     def route(self):
-        """Reads the request and who asks. Returns: the answer. Raises: Refused."""
-        try:
-            url = urlsplit(self.path)
-            pairs = parse_qsl(url.query, keep_blank_values=True, max_num_fields=32)
-        except ValueError as error:
-            raise Refused(422, f"the address cannot be read: {error}") from None
+        """Reads the request and who asks. Returns: the answer. Raises: Refused; ValueError for what is not JSON."""
+        url = urlsplit(self.path)
+        query = dict(pairs := parse_qsl(url.query, keep_blank_values=True, max_num_fields=32))
         name, *rest = url.path.strip("/").split("/")
-        if name not in VERBS or len(rest) != (name == "experiment"):
-            raise Refused(404, f"nothing is at {url.path[:60]}, but at {', '.join('/' + name for name in VERBS)}")
-        if self.command not in VERBS[name]:
-            raise Refused(405, f"/{name} takes {VERBS[name]}, got {self.command}")
-        query, in_query = dict(pairs), name in QUERIES
-        key = query.pop("api_key", None) if in_query else self.headers.get("X-API-Key")
-        if key not in self.server.keys or in_query and len(query) + 1 < len(pairs):
-            where = "api_key" if in_query else "header X-API-Key"
-            raise Refused(422 if in_query else 401, f"{where} must be given once, as one that serve --api-key allows")
+        need(name in VERBS and len(rest) == (name == "experiment"), 404,
+             f"nothing is at {url.path[:60]}, but at {', '.join('/' + name for name in VERBS)}")
+        need(self.command in VERBS[name], 405, f"/{name} takes {VERBS[name]}, got {self.command}")
+        if name in OF_2025:
+            need(len(query) == len(pairs), 422, "a name is given twice")
+            need((key := query.pop("api_key", None)) in self.server.keys, 422, "api_key must be one of serve --api-key")
+        else:
+            need((key := self.headers["X-API-Key"]) in self.server.keys, 401, "X-API-Key must be of serve --api-key")
         if self.command == "GET":
-            return self.respond(name, key, rest[0] if rest else query)
+            return self.answer(name, key, rest[0] if rest else query)
         length = self.headers.get("Content-Length", "")
-        if "Transfer-Encoding" in self.headers or not length.isdecimal() or len(length) > 7 or int(length) > 1 << 20:
-            raise Refused(413, "the body must tell its Content-Length, of 1 MiB at most")
-        try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
-            raise Refused(422, f"the body is not JSON: {str(error)[:100]}") from None
-        return self.respond(name, key, body)
+        need(length.isdecimal() and len(length) < 8 and int(length) <= 1 << 20, 413,
+             "the body must tell its Content-Length, of 1 MiB at most")
+        return self.answer(name, key, json.loads(self.rfile.read(int(length))))
 
     def do_GET(self) -> None:
         try:
-            self.reply(200, self.route())
+            status, body = 200, self.route()
         except Refused as refused:
-            self.reply(refused.args[0], {"message": refused.args[1], "detail": refused.args[1]})
+            status, message = refused.args
+        except (ValueError, RecursionError) as error:
+            status, message = 422, f"a query has numbers, like 128, 1e+17 or 0.001, a body is JSON: {str(error)[:100]}"
+        self.reply(status, body if status == 200 else {"message": message, "detail": message})
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
@@ -640,9 +646,8 @@ def plan(args, budgets: list[float], widths: list[int], at_a_budget: int = 5) ->
     return queries[::-1]
 
 def sweep(args, url: str, out: Path) -> None:
-    """Asks for every run of the plan, and writes the answers to `out` as JSON lines.
+    """Writes the answers to the plan's queries to `out`, as JSON lines. Only those that the server lacks cost anything.
 
-    The server remembers: after an interruption only what is missing is trained and charged.
     Raises: ValueError, before anything is spent, when that costs more than is left of the budget.
     """
     queries, key, began = plan(args, args.budgets, args.widths), args.api_key[0], time.perf_counter()
@@ -657,16 +662,13 @@ def sweep(args, url: str, out: Path) -> None:
         return print(*(" ".join(f"{name}={value}" for name, value in query.items()) for query in missing), sep="\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.workers) as pool, open(out, "w") as file:
-        answers = [pool.submit(ask, url, "loss", **query, api_key=key) for query in queries]
-        try:
-            for i, (query, answer) in enumerate(zip(queries, answers), 1):
-                print(json.dumps(query | answer.result()), file=file, flush=True)
-                spent += query["train_flops"] * (query in missing)
-                eta = (time.perf_counter() - began) * (cost / spent - 1) if spent else 0
-                print(f"run {i}/{len(queries)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | rate "
-                      f"{query['learning_rate']} | loss {answer.result()['loss']:.4f} | eta {eta:.0f} s", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)                           # after an error, ask for nothing more
+        answers = pool.map(lambda query: ask(url, "loss", **query, api_key=key), queries)
+        for i, (query, answer) in enumerate(zip(queries, answers), 1):   # an error cancels what still waits
+            print(json.dumps(query | answer), file=file, flush=True)
+            spent += query["train_flops"] * (query in missing)
+            eta = (time.perf_counter() - began) * (cost / spent - 1) if spent else 0
+            print(f"run {i}/{len(queries)} | {query['train_flops']:.2g} FLOPs | d_model {query['d_model']} | rate "
+                  f"{query['learning_rate']} | loss {answer['loss']:.4f} | eta {eta:.0f} s", flush=True)
 
 def load_runs(path: Path) -> list[np.ndarray]:
     """N, C, loss (n,) from the JSON lines of `sweep`; N is 12 L d^2 where the server did not tell."""
@@ -705,21 +707,20 @@ def run(args) -> int:
     server = make_server(args, HOME, folder, 0)
     sweep(args, server.url, folder / "runs.jsonl")
     best, law = compare(*load_runs(folder / "runs.jsonl"), folder / "isoflop.png")
-    wanted, queries = float(fit_power_law(best.C, best.N)(C)), plan(args, [C], range(8, 1025, 8), at_a_budget=128)
+    wanted, widths = float(fit_power_law(best.C, best.N)(C)), [*range(8, 256, 8), *range(256, 2049, 64)]
     size = lambda query: server.backend.count_parameters(server.backend.translate(query, 0)["architecture_config"])
-    query = min(queries, key=lambda query: abs(math.log(size(query) / wanted)))
+    query = min(plan(args, [C], widths, at_a_budget=len(widths)), key=lambda query: abs(math.log(size(query) / wanted)))
     high, low = float(law(size(query), C / (6 * size(query)))), float(fit_power_law(best.C[-2:], best.loss[-2:])(C))
     predicted = (low + high) / 2
-    print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest budget: best N {wanted:.3g}; d_model "
-          f"{query['d_model']} has {size(query)}, will reach {predicted:.4f} ({low:.4f} to {high:.4f}). Training it",
-          flush=True)
+    print(f"\nprediction for {C:.3g} FLOPs, 8 times the largest: best N {wanted:.3g}; d_model {query['d_model']} has "
+          f"{size(query)}, will reach {predicted:.4f} ({low:.4f} to {high:.4f}). Training it", flush=True)
     reached = ask(server.url, "loss", **query, api_key=args.api_key[0])["loss"]
-    error, seconds = predicted / reached - 1, time.perf_counter() - began
-    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar {args.within:.0%}: "
-          f"{'OK' if abs(error) <= args.within else 'MISSED'}")
+    error, seconds = predicted / reached - 1, round(time.perf_counter() - began)
+    verdict = "OK" if abs(error) <= args.within else "MISSED"
+    print(f"reached {reached:.4f}, predicted {predicted:.4f}: {error:+.2%}, bar {args.within:.0%}: {verdict}")
     print("RESULT", json.dumps({"seed": args.seed, "backend": args.backend, "predicted": round(predicted, 4),
-                                "reached": round(reached, 4), "error": round(error, 4), "seconds": round(seconds)}))
-    return 0 if abs(error) <= args.within else 1
+                                "reached": round(reached, 4), "error": round(error, 4), "seconds": seconds}))
+    return int(verdict == "MISSED")
 
 # --------------------------------------------------------------------------------------- 7. check, bench, command line
 def self_check() -> str:
@@ -735,11 +736,10 @@ def self_check() -> str:
 def bench(repeats: int = 7) -> None:
     """Median milliseconds of the parametric fit and of a request."""
     N, C, loss = chinchilla_runs(0, 0.01)
-    server, query, widths = Server(":memory:", LawBackend(), flops=1e30), QUERY | {"api_key": "local"}, iter(range(99))
+    server, widths = Server(":memory:", LawBackend(), flops=1e30), iter(range(65, 1000))
+    new_run = lambda: ask(server.url, "loss", api_key="local", **QUERY | {"d_model": next(widths)})
     for name, f in (("fit_parametric, 35 runs, 4,500 starts", lambda: fit_parametric(N, C / (6 * N), loss)),
-                    ("the same and 200 resamples", lambda: fit_parametric(N, C / (6 * N), loss, bootstrap=200)),
-                    ("GET /loss, known run", lambda: ask(server.url, "loss", **query)),
-                    ("GET /loss, new run", lambda: ask(server.url, "loss", **query | {"d_model": 65 + next(widths)}))):
+                    ("GET /loss, a new run", new_run)):
         times = [1e3 * seconds for seconds in timeit.repeat(f, number=1, repeat=repeats + 1)[1:]]        # one warms up
         print(f"{name:40s}{np.median(times):9.2f} ms  (min {min(times):.2f}, max {max(times):.2f})")
 
@@ -749,12 +749,12 @@ def main() -> int:
     numbers, whole = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (float, int))
     for flag, kind, default, text in (
             ("--seed", int, 0, "of weights and data order"), ("--backend", ("law", "train"), "law", "serve, run"),
-            ("--port", int, 8000, "serve"), ("--ranges", tuple(RANGES), "course", "serve: home for small models"),
+            ("--port", int, 8000, "serve"), ("--ranges", ("course", "home"), "course", "serve: home for small models"),
             ("--out", Path, Path("out/scaling"), "folder of store.sqlite (serve), runs.jsonl (sweep, fit)"),
             ("--flop-budget", float, 2e18, "2025, of a key"), ("--second-budget", float, 43200.0, "2026, of a key"),
             ("--url", str, "http://127.0.0.1:8000", "query, sweep"), ("--context-length", int, 32, "train: tokens"),
             ("--tokens", Path, None, "train: folder with train.npy and valid.npy; none: the standard library's source"),
-            ("--workers", int, 2, "runs at a time"), ("--dtype", ("float32", "bfloat16"), "float32", "train: of /loss"),
+            ("--workers", int, 2, "runs at a time"), ("--dtype", DTYPES, "float32", "train: of /loss"),
             ("--budgets", numbers, [1e11, 2e11, 4e11, 8e11, 1.6e12], "FLOPs"), ("--layers", int, 1, "num_layers"),
             ("--widths", whole, [20, 24, 32, 40, 48, 64, 80, 96, 112], "d_model"), ("--within", float, 0.03, "bar"),
             ("--batch-size", int, 16, "sequences"), ("--rate", float, 0.02, "at width 64 and the smallest budget")):
@@ -765,7 +765,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="sweep: print the plan and its cost")
     commands = {
         "explain": lambda: walk_through(args.seed), "bench": bench, "run": lambda: run(args),
-        "serve": lambda: [make_server(args, RANGES[args.ranges], args.out, args.port), threading.Event().wait()],
+        "serve": lambda: [make_server(args, HOME if args.ranges == "home" else COURSE, args.out, args.port),
+                          threading.Event().wait()],
         "sweep": lambda: sweep(args, args.url, args.out / "runs.jsonl"),
         "query": lambda: print(json.dumps(ask(args.url, "loss", api_key=args.api_key[0],
                                               **dict(pair.partition("=")[::2] for pair in args.pairs)))),

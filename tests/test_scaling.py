@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import warnings
@@ -287,10 +288,11 @@ def test_2026_refuses_bad_configs(serve):
             ("architecture_config.head_dim", 7, "head_dim must be even"), ("n_evals", "8", "whole number"),
             ("architecture_config.dtype", "float16", "dtype must be float32 or bfloat16"),
             ("architecture_config.dtype", ["float32"], "dtype must be"), ("model_seed", -1, "model_seed"),
-            ("architecture_config.num_key_value_heads", 3, "a multiple"), ("n_evals", 0, "a whole number"),
+            ("architecture_config.num_key_value_heads", 3, "a multiple"), ("n_evals", 0, "be in range [1, "),
             ("architecture_config.extra", 1, "or missing: extra"), ("n_evals", True, "n_evals must be a whole number"),
             ("architecture_config.attention_bias", 1, "true or false"), ("optimizer_config.betas", [0.9], "betas"),
-            ("optimizer_config.betas", [0.9, 1.5], "from 0 to 1"), ("optimizer_config.betas", 0.9, "a list of 2"),
+            ("optimizer_config.betas", [0.9, 1.5], "be in range [0, 1], got 1.5"), ("model_seed", 1e30, "whole number"),
+            ("optimizer_config.betas", 0.9, "a list of 2"),
             ("optimizer_config.lr_scheduler", 0.1, "an object"), ("optimizer_config", 7, "must be an object"),
             ("optimizer_config.grad_clip_norm", 0, "grad_clip_norm"), ("total_train_tokens", "many", "whole number"),
             ("optimizer_config", None, "an object"), ("total_train_tokens", 10 ** 40, "total_train_tokens"),
@@ -442,6 +444,34 @@ def test_train_backend_trains_stops_and_starts_again(serve, tmp_path):
             time.sleep(0.1)
         else:
             pytest.fail("a worker outlived its killed server")
+
+
+def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
+    """Runs at a time have places 0, 1, 2, freed at their end; a place is a GPU, or shares one when there are fewer."""
+    together, places = threading.Barrier(3), []
+
+    class Context:                                                       # in place of multiprocessing's, for three runs
+        def Pipe(self, duplex):
+            return self, self
+
+        def Process(self, target, args, daemon):
+            places.append(args[-2])
+            return self
+
+        def recv(self):
+            together.wait(10)
+            return [1.0], True, ""
+        start = close = kill = lambda self: None
+    for split in ("train", "valid"):
+        np.save(tmp_path / f"{split}.npy", np.arange(64, dtype=np.uint16))
+    backend = scaling.TrainBackend(tmp_path)
+    monkeypatch.setattr(scaling.multiprocessing, "get_context", lambda method: Context())
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            assert [losses for losses, _ in pool.map(lambda _: backend.run(TRAINING, None), range(3))] == [[1.0]] * 3
+    assert sorted(places) == [0, 0, 1, 1, 2, 2]
+    assert [scaling.device_at(place, 2) for place in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert scaling.device_at(1, 0) == "cpu"
 
 
 # ----------------------------------------------------------------------------------------------------------- the client
