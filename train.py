@@ -18,24 +18,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
 import shutil
 import signal
-import statistics
 import sys
 import sysconfig
-import threading
 import time
-import typing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import Any, BinaryIO, Callable, Iterator, get_type_hints
 
 import numpy as np
 import torch
@@ -48,7 +43,10 @@ END_OF_TEXT = "<|endoftext|>"
 
 class Stop(Exception):
     """A run cannot go on: the message says what happened and what to do, `code` is the process's exit status."""
-    code = 1
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 # ------------------------------------------------------------------------------ 1. text, tokens, windows
@@ -174,10 +172,10 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Mo
     state, name = (src, "the checkpoint") if isinstance(src, dict) else (read_checkpoint(src), src)
     there, here = ({key: tuple(tensor.shape) for key, tensor in tensors.items()}
                    for tensors in (state["model"], model.state_dict()))
-    wrong = sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key))
-    if wrong:
-        raise ValueError(f"{name} is of another configuration: {wrong[0]} is {there.get(wrong[0], 'absent')} there and "
-                         f"{here.get(wrong[0], 'absent')} here ({len(wrong)} tensors differ); use its own settings")
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise ValueError(f"{name} is of another configuration: {key} is {there.get(key, 'absent')} there and "
+                             f"{here.get(key, 'absent')} here; use its own settings")
     if optimizer is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
@@ -297,17 +295,17 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     many, sharded, ranks = parallel is not None, hasattr(parallel, "full_state_dict"), torch.distributed
     rank, world_size = (ranks.get_rank(), ranks.get_world_size()) if many else (0, 1)
     device, T, share = next(model.parameters()).device, config.context_length, config.batch_size // world_size
-    micro = min(config.micro_batch_size or share, share)
+    micro, step_tokens = min(config.micro_batch_size or share, share), config.batch_size * T
     if config.batch_size % world_size or not share or share % micro:
         raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {world_size} ranks times "
                          f"micro-batches of {micro}")
     check_length(train_tokens, T)
     generator = torch.Generator().manual_seed(config.seed)
     starts = evaluation_starts(valid_tokens, T, config.eval_windows)
-    last, journal = Path(run_dir) / "last.pt" if run_dir is not None else None, None
+    last = Path(run_dir) / "last.pt" if run_dir is not None else None
     first = saved = seconds_before = 0
     resume = resume and last is not None and last.exists()
-    if largest_of_ranks(resume, device) if many else resume:                 # or some would go on and others begin
+    if largest_of_ranks(resume, device) if many else resume:             # or some would go on and others begin
         state = read_checkpoint(last)
         if sharded:
             parallel.load_full_state_dict(state["model"])
@@ -316,39 +314,34 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             load_checkpoint(state, model, optimizer)
         generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
-        first, saved, seconds_before = state["step"], state["step"], state["seconds"]
+        first = saved = state["step"]
+        seconds_before = state["seconds"]
         log(f"resumed from {last} at step {first}")
-    if last and rank == 0:
-        cut_journal(journal := last.with_name("log.jsonl"), first)
+    journal = cut_journal(last.with_name("log.jsonl"), first) if last and rank == 0 else None
     began = time.perf_counter() - seconds_before
 
     def report(line: str, **values: Any) -> None:         # for people, and the same values for programs
         log(f"step {values['step']}/{config.steps} | {line}")
         if journal:
             with open(journal, "a", encoding="utf-8") as file:
-                print(json.dumps({**values, "tokens": values["step"] * config.batch_size * T}), file=file)
+                print(json.dumps({**values, "tokens": values["step"] * step_tokens}), file=file)
 
     def save(step: int) -> None:                          # every rank calls it: to gather is a collective
-        nonlocal saved
         if sharded:                                       # FSDP: no rank holds whole tensors
             state = parallel.full_state_dict(rank=0), parallel.full_optimizer_state_dict(optimizer, rank=0)
         else:                                             # ZeRO-1: the moments have owners
             state = model, optimizer.state_dict(**{"rank": 0} if hasattr(optimizer, "owner") else {})
         if last and rank == 0:
             save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
-                            seconds=time.perf_counter() - began, train_config=dataclasses.asdict(config),
-                            **(more_state or {}))
-        if many:                                          # no rank leaves, and has the launcher end the job, before that
+                            seconds=time.perf_counter() - began, train_config=asdict(config), **(more_state or {}))
+        if many:                                          # before that no rank leaves and has the launcher end the job
             largest_of_ranks(0, device)
-        saved = step
 
     caught: list[int] = []                                # signals, acted on between two steps
-    main_thread = threading.current_thread() is threading.main_thread()
     handlers = {number: signal.signal(number, lambda n, frame: caught.append(n))
-                for number in (signal.SIGTERM, signal.SIGINT) if last and main_thread}
+                for number in (signal.SIGTERM, signal.SIGINT) if last}
     recent: list[Tensor] = []                             # (loss, norm) of the steps since they were last read
-    loss = valid = math.nan
-    marked, marked_step = time.perf_counter(), first
+    loss, valid, bits, marked = math.nan, math.nan, None, (time.perf_counter(), first)
     model.train()
     try:
         for done in range(first + 1, config.steps + 1):
@@ -370,9 +363,9 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             if logging or saving:
                 loss, norm = read_losses(recent, done, saved, last)      # never save what is already lost
             if logging:
-                speed = (done - marked_step) * config.batch_size * T / (time.perf_counter() - marked)
-                eta, memory = int((config.steps - done) * config.batch_size * T / speed), memory_in_use(device)
-                marked, marked_step = time.perf_counter(), done
+                speed = (done - marked[1]) * step_tokens / (time.perf_counter() - marked[0])
+                eta, memory = int((config.steps - done) * step_tokens / speed), memory_in_use(device)
+                marked = time.perf_counter(), done
                 report(f"loss {loss:.3f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed / 1e3:.1f}k tok/s | "
                        f"mem {memory / 1e9:.1f} GB | eta {eta // 60}m{eta % 60:02d}s",
                        step=done, loss=loss, lr=rate, gnorm=norm, tokens_per_second=speed, memory=memory)
@@ -381,21 +374,20 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
                 bits = bits_per_byte(valid, bytes_per_token)
                 report(f"valid {valid:.3f} nats/token" + (f" | {bits:.3f} bits/byte" if bits else ""),
                        step=done, valid_loss=valid, bits_per_byte=bits, seconds=time.perf_counter() - began)
-            if sample and rank == 0 and config.sample_every and done < config.steps and due(config.sample_every):
+            if sample and rank == 0 and config.sample_every and done % config.sample_every == 0 and done < config.steps:
                 log(f"sample at step {done}: {sample()!r}")
             if saving:
                 save(done)
+                saved = done
             if stopping and done < config.steps:
-                stop = Stop(f"{signal.Signals(stopping).name} after step {done}; the checkpoint {last} is written: to "
-                            "go on, add --resume to the same command")
-                stop.code = 128 + stopping
-                raise stop
+                raise Stop(f"{signal.Signals(stopping).name} after step {done}; the checkpoint {last} is written: to "
+                           "go on, add --resume to the same command", code=128 + stopping)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    tokens, seconds = config.steps * config.batch_size * T, time.perf_counter() - began
-    return {"train_loss": loss, "valid_loss": valid, "bits_per_byte": bits_per_byte(valid, bytes_per_token),
-            "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
+    tokens, seconds = config.steps * step_tokens, time.perf_counter() - began
+    return {"train_loss": loss, "valid_loss": valid, "bits_per_byte": bits, "tokens": tokens,
+            "seconds": round(seconds, 2), "tokens_per_second": round(tokens / seconds, 1)}
 
 def largest_of_ranks(number: int, device: torch.device) -> int:
     """What the rank with the largest number has; waits for the device."""
@@ -421,27 +413,25 @@ def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) 
                        "high or a warm-up too short (try a third of --max-lr), no clipping, a precision that overflows")
     return values[-1]
 
-def cut_journal(path: Path, first: int) -> None:
+def cut_journal(path: Path, first: int) -> Path:
     """Ends log.jsonl where the run begins: a killed one may have left half a line, and steps to do again."""
     lines = path.read_text(encoding="utf-8").splitlines() if first and path.exists() else []
     with write_whole(path) as file:
         whole = (line for line in lines if line.endswith("}"))
         file.writelines(f"{line}\n".encode() for line in whole if json.loads(line)["step"] <= first)
+    return path
 
 def memory_in_use(device: torch.device) -> int:
-    """Peak bytes: of the GPU's allocator, or of this process on a CPU (0 on Windows, which does not say)."""
+    """Peak bytes: of the GPU's allocator, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
+    import resource                                       # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ------------------------------------------------------------------------------ 4. putting it together
 
-# Every field of ModelConfig and TrainConfig is a flag; a preset, or the size of a benchmark, says what they are if not
-# given.
+# Every field of ModelConfig and TrainConfig is a flag; a preset, or a benchmark's size, says what it is if not given.
 PRESETS: dict[str, dict] = {
     "corpus": dict(vocab_size=4096, context_length=256, d_model=192, num_layers=4, num_heads=6, steps=350,
                    batch_size=16, max_lr=4e-3, min_lr=4e-4, warmup_steps=40, eval_every=50, checkpoint_every=50),
@@ -463,7 +453,6 @@ SIZES["8b"].update(
     vocab_size=151_936, d_ff=11_008, context_length=32_768, batch_size=2, precision="bf16", parallel="fsdp",
     compile=True, attention="triton", update="triton", moments="bf16", recompute_hidden=3, modes=["step"], warmup=2,
     repeats=4)
-
 
 def keep_products(model: torch.nn.Module, recompute_hidden: int, compile: Callable) -> None:
     """Has every block keep for backward only what is dear to make: what attention and matrix products gave. Norms,
@@ -496,9 +485,9 @@ class Setup:
         import bpe
         import model
         import optim
-        self.args, self.bpe, self.lm, self.optim, self.rank = args, bpe, model, optim, 0
-        self.model_config, self.config = (kind(**{f.name: getattr(args, f.name) for f in dataclasses.fields(kind)
-                                                  if getattr(args, f.name, None) is not None})
+        self.args, self.bpe, self.lm, self.optim, self.rank, self.ranks = args, bpe, model, optim, 0, 1
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        self.model_config, self.config = (kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
                                           for kind in (model.ModelConfig, TrainConfig))
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
         name = next(kind for kind in there if there[kind]) if args.device == "auto" else args.device
@@ -507,7 +496,10 @@ class Setup:
         self.device = torch.device(name)
         if args.parallel != "none":
             import ddp
-            self.rank, _, self.device = ddp.init_distributed("nccl" if self.device.type == "cuda" else "gloo")
+            self.rank, self.ranks, self.device = ddp.init_distributed("nccl" if self.device.type == "cuda" else "gloo")
+        self.say = partial(print, flush=True) if self.rank == 0 else lambda *text: None
+        self.how = (f"{self.config.precision}, {args.attention} attention, {args.loss} loss, {args.optimizer} "
+                    f"{args.update}, compile {args.compile}, parallel {args.parallel}")
         self.attention = model.plain_attention if args.attention == "plain" else model.sdpa_attention
         if args.attention == "triton":
             import flash_attn_triton
@@ -525,13 +517,13 @@ class Setup:
         # steps count from 0, and the first one already moves
         self.schedule = lambda step: optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
         self.clip = partial(optim.clip_grad_norm_, error_if_nonfinite=False)     # the loop finds it, a little later
+        self.tokenizer = lambda: bpe.Tokenizer.from_file(Path(args.tokens) / "tokenizer.json")
 
     def model(self) -> torch.nn.Module:
         """A new model, the same one for the same seed."""
         torch.manual_seed(self.config.seed)
         with self.device if self.args.benchmark else contextlib.nullcontext():    # no run's weights: let the GPU draw
-            model = self.lm.TransformerLM(self.model_config, attention=self.attention,
-                                          checkpoint_every=self.args.recompute)
+            model = self.lm.TransformerLM(self.model_config, self.attention, checkpoint_every=self.args.recompute)
         return model.to(self.device, torch.bfloat16 if self.config.precision == "bf16" else torch.float32)
 
     def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -539,10 +531,9 @@ class Setup:
 
         AdamW decays the matrices alone; in FSDP's shards they are flat, so they are told apart before it wraps them.
         """
-        c, args, wrapper, own = self.config, self.args, None, [p for p in model.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in own if p.dim() >= 2]},
-                  {"params": [p for p in own if p.dim() < 2], "weight_decay": 0.0}]
-        adamw, options = self.optim.AdamW, dict(lr=c.max_lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
+        c, args, wrapper, adamw = self.config, self.args, None, self.optim.AdamW
+        groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
+                  {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
         if args.parallel in ("ddp", "zero1"):
             import ddp
             wrapper = ddp.DDP(model)
@@ -558,6 +549,7 @@ class Setup:
                 self.whole = wrapper.gathered
                 if args.compile or args.recompute_hidden:                      # blocks, within FSDP's hooks
                     keep_products(model, args.recompute_hidden, torch.compile if args.compile else lambda f: f)
+        options = dict(lr=c.max_lr, weight_decay=c.weight_decay, betas=(c.beta1, c.beta2))
         if args.optimizer == "muon":
             optimizer = self.optim.Muon(model.named_parameters(), **options)
         else:
@@ -565,7 +557,7 @@ class Setup:
                               state_dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.moments],
                               master_weights=True)
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        assert sorted(grouped) == sorted(map(id, own)), "a parameter stands in no group, or in two"
+        assert sorted(grouped) == sorted(map(id, model.parameters())), "a parameter stands in no group, or in two"
         return optimizer, wrapper
 
     def data(self) -> tuple[np.ndarray, np.ndarray, Any]:
@@ -573,17 +565,13 @@ class Setup:
         folder, c = Path(self.args.tokens), self.model_config
         if folder == Path("out/corpus") and not (folder / "valid.npy").exists():
             print(f"corpus: {gather_corpus(folder)} (documents, bytes) in {folder}")
-            vocab, merges = self.bpe.train_bpe(folder / "train.txt", c.vocab_size, [END_OF_TEXT])
-            self.bpe.Tokenizer(vocab, merges, [END_OF_TEXT]).save(folder / "tokenizer.json")
+            learned = self.bpe.train_bpe(folder / "train.txt", c.vocab_size, [END_OF_TEXT])
+            self.bpe.Tokenizer(*learned, [END_OF_TEXT]).save(folder / "tokenizer.json")
             for split in ("train", "valid"):
                 self.bpe.encode_file(self.tokenizer(), folder / f"{split}.txt", folder / f"{split}.npy")
         train_tokens, valid_tokens = (open_tokens(folder / f"{split}.npy", c.context_length, c.vocab_size)
                                       for split in ("train", "valid"))
         return train_tokens, valid_tokens, self.tokenizer()
-
-    def tokenizer(self) -> Any:
-        """That of the token files."""
-        return self.bpe.Tokenizer.from_file(Path(self.args.tokens) / "tokenizer.json")
 
     def run(self) -> None:
         """Trains as the flags say; prints a sample and the RESULT line, which also goes to result.json."""
@@ -592,9 +580,8 @@ class Setup:
         starts = evaluation_starts(valid_tokens, config.context_length, config.eval_windows)
         targets = windows_at(valid_tokens, starts, config.context_length, "cpu")[1]
         lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
-        about = dict(model_config=dataclasses.asdict(self.model_config), train_config=dataclasses.asdict(config),
-                     command=sys.argv, torch=torch.__version__, python=sys.version)
-        say = partial(print, flush=True) if first else lambda line: None
+        about = dict(model_config=asdict(self.model_config), train_config=asdict(config), command=sys.argv,
+                     torch=torch.__version__, python=sys.version)
         if first:                                         # a run keeps the source that made it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "about.json").write_text(json.dumps(about, indent=1))
@@ -602,16 +589,16 @@ class Setup:
                 shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
         model = self.model()
         optimizer, wrapper = self.join(model)
-        say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens | "
-            f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, "
-            f"{config.precision}, {args.attention} attention, {args.loss} loss, {args.optimizer} {args.update}, "
-            f"compile {args.compile}, parallel {args.parallel} | seed {config.seed}")
+        count = self.lm.count_parameters(self.model_config)
+        self.say(f"{count:,} parameters | {len(train_tokens):,} training tokens | "
+                 f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, {self.how} | "
+                 f"seed {config.seed}")
         sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0     # by torchrun --max-restarts
         try:
             result = train(model, optimizer, train_tokens, valid_tokens, config, loss_fn=self.loss_fn, clip=self.clip,
                            schedule=self.schedule, parallel=wrapper, run_dir=run_dir, resume=args.resume or restarted,
-                           more_state={"model_config": about["model_config"]}, sample=sample, log=say,
+                           more_state={"model_config": about["model_config"]}, sample=sample, log=self.say,
                            bytes_per_token=lengths[targets].float().mean().item())
         except Stop as stop:
             if first:
@@ -626,32 +613,30 @@ class Setup:
     def sample(self, model: torch.nn.Module, tokenizer: Any) -> str:
         """What the model writes after --prompt."""
         args, stop = self.args, tokenizer.special_tokens[END_OF_TEXT]
-        prompt = tokenizer.encode(args.prompt) or [stop]
-        new = self.lm.generate(model, [prompt], max_new_tokens=args.sample_tokens, temperature=args.temperature,
-                               top_p=args.top_p, stop_ids=[stop], seed=self.config.seed)
+        new = self.lm.generate(model, [tokenizer.encode(args.prompt) or [stop]], max_new_tokens=args.sample_tokens,
+                               temperature=args.temperature, top_p=args.top_p, stop_ids=[stop], seed=self.config.seed)
         return args.prompt + tokenizer.decode(new[0].ids)
 
-    def from_checkpoint(self) -> torch.nn.Module:
-        """The model of --checkpoint in the shape that it states."""
-        path = Path(self.args.checkpoint or Path(self.args.run_dir) / "last.pt")
+    def trained(self) -> tuple[torch.nn.Module, Any]:
+        """The model of --checkpoint, in the shape that it states, and the tokenizer."""
+        path = self.args.checkpoint or Path(self.args.run_dir) / "last.pt"
         state = read_checkpoint(path)
         if "model_config" not in state:
             raise ValueError(f"{path} does not state its model's configuration; it was not written by train.py")
         self.model_config = self.lm.ModelConfig(**state["model_config"])
         model = self.model()
         load_checkpoint(state, model)
-        return model.eval()
+        return model.eval(), self.tokenizer()
 
 def compare(run_dirs: list[Path]) -> None:
     """A row a run: its losses, and the tokens it took to get as low as the first one ended. Then their picture."""
-    target = None
-    for run_dir in run_dirs:
-        about, result = (json.loads((run_dir / name).read_text()) for name in ("about.json", "result.json"))
-        if target is None:
-            target = result.get("valid_loss", math.inf)
-            print(f"run                     steps  batch   max lr   train   valid bits/byte  tokens to {target:.3f}")
+    results = [json.loads((run_dir / "result.json").read_text()) for run_dir in run_dirs]
+    target = results[0].get("valid_loss", math.inf)
+    print(f"run                     steps  batch   max lr   train   valid bits/byte  tokens to {target:.3f}")
+    for run_dir, result in zip(run_dirs, results):
+        config = json.loads((run_dir / "about.json").read_text())["train_config"]
         reached = [tokens for tokens, loss in read_curve(run_dir, "valid_loss") if loss <= target]
-        print("{:22s} {steps:6d} {batch_size:6d} {max_lr:8.1e} ".format(run_dir.name, **about["train_config"]) + (
+        print("{:22s} {steps:6d} {batch_size:6d} {max_lr:8.1e} ".format(run_dir.name, **config) + (
               result["stopped"][:60] if "stopped" in result else
               f"{result['train_loss']:7.3f} {result['valid_loss']:7.3f} {result['bits_per_byte'] or math.nan:9.3f} "
               f"{format(reached[0], ',') if reached else 'not reached':>16}"))
@@ -681,15 +666,15 @@ def explain(setup: Setup) -> None:
     """What one step of the run that the flags ask for does, in numbers."""
     c, m, count = setup.config, setup.model_config, setup.lm.count_parameters(setup.model_config)
     tokens, micro = c.batch_size * c.context_length, c.micro_batch_size or c.batch_size
-    at = 1, c.warmup_steps, c.steps
-    flops, rates = setup.lm.count_flops(m, c.context_length)["total"], [f"{setup.schedule(s - 1):.1e}" for s in at]
+    flops = setup.lm.count_flops(m, c.context_length)["total"]
+    rates = ", ".join(f"{setup.schedule(step - 1):.1e}" for step in (1, c.warmup_steps, c.steps))
     print(f"""One step of `python train.py` with these flags:
   batch     {c.batch_size} windows of {c.context_length} tokens = {tokens:,} tokens, from anywhere in the token file, in
             {c.batch_size // micro} micro-batch(es) of {micro}; the targets are the same windows one token later
   forward   {m.num_layers} blocks of width {m.d_model}, {count:,} parameters; an untrained model is expected to lose
             ln {m.vocab_size} = {math.log(m.vocab_size):.2f} nats per token
   backward  {3 * c.batch_size * flops:.2e} FLOPs with the forward pass, which is a third of it
-  update    the gradient's norm is cut to {c.clip_norm}; rates {', '.join(rates)} at steps {', '.join(map(str, at))}
+  update    the gradient's norm is cut to {c.clip_norm}; rates {rates} at steps 1, {c.warmup_steps}, {c.steps}
   memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32; activations come on top
   run       {c.steps} steps = {c.steps * tokens:,} tokens, {c.steps * tokens / count:.1f} a parameter""")
 
@@ -698,19 +683,16 @@ def explain(setup: Setup) -> None:
 
 def bench(setup: Setup) -> None:
     """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here."""
-    args, config, device = setup.args, setup.config, setup.device
-    ranks = torch.distributed.get_world_size() if args.parallel != "none" else 1
-    say = partial(print, flush=True) if setup.rank == 0 else lambda *text: None
+    args, config, device, ranks, say = setup.args, setup.config, setup.device, setup.ranks, setup.say
     cuda, B, T = device.type == "cuda", config.batch_size // ranks, config.context_length
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    ceiling = ranks * 2 * n ** 3 / statistics.median(measure(lambda: a @ b, cuda, 5, 15))
+    ceiling = ranks * 2 * n ** 3 / np.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
     causal = ranks * B * (flops["total"] - flops["attention scores and sums"] / 2)  # half of the scores are not seen
-    say(f"{setup.lm.count_parameters(setup.model_config) / 1e6:.1f}M, {ranks * B} x {T} tokens, {config.precision}, "
-        f"{args.attention} attention, {args.loss} loss, update {args.update}, compile {args.compile}, recompute "
-        f"{args.recompute}, parallel {args.parallel} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, "
-        f"torch {torch.__version__} | ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})\n"
+    say(f"{setup.lm.count_parameters(setup.model_config) / 1e6:.1f}M, {ranks * B} x {T} tokens, {setup.how}, recompute "
+        f"{args.recompute} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | "
+        f"ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})\n"
         "mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
     tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint32)
     generator = torch.Generator().manual_seed(config.seed + setup.rank)
@@ -740,35 +722,35 @@ def bench(setup: Setup) -> None:
         try:
             times = measure(one, cuda, args.warmup, args.repeats)
         except torch.OutOfMemoryError:
-            print(f"{mode:17s} out of memory: lower --batch-size, or raise --recompute or --recompute-hidden")
+            if ranks > 1:                                 # the others wait for this one
+                raise
+            say(f"{mode:17s} out of memory: lower --batch-size, or raise --recompute")
             continue
-        seconds = statistics.median(times)
+        seconds = np.median(times)
         rate = causal * (1 if mode == "forward" else 3) / seconds
-        mean, std = statistics.mean(times) * 1e3, statistics.pstdev(times) * 1e3
-        say(f"{mode:17s} {mean:9.2f} {std:7.2f} {seconds * 1e3:9.2f} {ranks * B * T / seconds:11,.0f} "
-            f"{rate / 1e12:8.2f} {rate / ceiling:10.1%} {memory_in_use(device) / 1e9:8.2f}")
+        say(f"{mode:17s} {np.mean(times) * 1e3:9.2f} {np.std(times) * 1e3:7.2f} {seconds * 1e3:9.2f} "
+            f"{ranks * B * T / seconds:11,.0f} {rate / 1e12:8.2f} {rate / ceiling:10.1%} "
+            f"{memory_in_use(device) / 1e9:8.2f}")
         if args.profile:
             with torch.profiler.profile() as profile:
                 measure(one, cuda, 0, 1)
-            key = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-            say(profile.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+            say(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
+                                             max_name_column_width=60))
             profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}-{setup.rank}.json"))
         if args.memory_snapshot:
             torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without waits between them, as in a real run."""
-    marks = [torch.cuda.Event(enable_timing=True) if cuda else 0.0 for _ in range(warmup + repeats + 1)]
-    for i in range(len(marks)):
-        if cuda:
-            marks[i].record()
-        else:
-            marks[i] = time.perf_counter()
-        if i + 1 < len(marks):
-            f()
+    event = lambda: torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+    mark = event if cuda else time.perf_counter
+    marks = [mark()]
+    for _ in range(warmup + repeats):
+        f()
+        marks.append(mark())
     if cuda:
         torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in itertools.pairwise(marks[warmup:])]
+    return [a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in zip(marks[warmup:], marks[warmup + 1:])]
 
 def main() -> int:
     """Reads the flags and does what they ask. Returns the exit status: 2 for a caller's mistake."""
@@ -792,26 +774,20 @@ def main() -> int:
     add("--compile", action=argparse.BooleanOptionalAction, default=False)
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
     add("--recompute-hidden", type=int, default=0, metavar="N", help="fsdp: keep no feed-forward products of N blocks")
-    add("--prompt", default="def get(self")
-    add("--sample-tokens", type=int, default=200)
-    add("--temperature", type=float, default=0.7)
-    add("--top-p", type=float, default=0.95)
-    modes = ["forward", "forward+backward", "step"]
     add("--benchmark", choices=list(SIZES), help="time a model of this size instead of training")
+    modes = ["forward", "forward+backward", "step"]
     add("--modes", nargs="+", choices=modes, default=modes)
-    add("--warmup", type=int, default=5)
-    add("--repeats", type=int, default=10)
     add("--profile", metavar="DIR", help="with --benchmark: print torch.profiler's table and write its trace")
     add("--memory-snapshot", metavar="DIR", help="with --benchmark: write CUDA's memory history")
     add("--explain", action="store_true", help="say what a step does, and stop")
-    for kind in (model.ModelConfig, TrainConfig):
-        hints = typing.get_type_hints(kind)
-        for field in dataclasses.fields(kind):
-            types = [t for t in typing.get_args(hints[field.name]) or [hints[field.name]] if t is not type(None)]
-            if types[0] in (int, float, str, bool):
-                how = {"action": argparse.BooleanOptionalAction} if types[0] is bool else {"type": types[0]}
-                with contextlib.suppress(argparse.ArgumentError):          # context_length is in both
-                    add("--" + field.name.replace("_", "-"), help=f"{kind.__name__}, default by preset", **how)
+    for name, default in dict(prompt="def get(self", sample_tokens=200, temperature=0.7, top_p=0.95, warmup=5,
+                              repeats=10).items():
+        add("--" + name.replace("_", "-"), type=type(default), default=default, help=f"default {default}")
+    kinds = {kind: {"type": kind} for kind in (int, float, str)} | {int | None: {"type": int}}
+    kinds[bool] = {"action": argparse.BooleanOptionalAction}
+    for name, hint in {**get_type_hints(model.ModelConfig), **get_type_hints(TrainConfig)}.items():
+        if hint in kinds:
+            add("--" + name.replace("_", "-"), help="of ModelConfig or TrainConfig, default by preset", **kinds[hint])
     given = parser.parse_args()
     parser.set_defaults(tokens=f"out/{given.preset}", **{**PRESETS[given.preset], **SIZES.get(given.benchmark, {})},
                         run_dir="out/train" if given.preset == "corpus" else f"out/{given.preset}-train")
@@ -826,8 +802,9 @@ def main() -> int:
 def act(args: argparse.Namespace) -> int:
     """Does what the flags ask and returns the exit status: 2 for a caller's mistake, that of the signal for a stop."""
     try:
+        folder = args.folders[0] if args.folders else Path("out", args.action)
         if args.action == "corpus":
-            print(gather_corpus(args.folders[0] if args.folders else "out/corpus"))
+            print(gather_corpus(folder))
         elif args.action == "compare":
             compare(args.folders)
         elif args.explain:
@@ -839,11 +816,12 @@ def act(args: argparse.Namespace) -> int:
             Setup(args).run()
         elif args.action == "generate":
             setup = Setup(args)
-            print(setup.sample(setup.from_checkpoint(), setup.tokenizer()))
+            print(setup.sample(*setup.trained()))
         else:
-            setup, out = Setup(args), args.folders[0] if args.folders else Path("out/export")
-            setup.lm.save_hf(setup.from_checkpoint(), out, setup.tokenizer())
-            print(f"{out}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
+            setup = Setup(args)
+            model, tokenizer = setup.trained()
+            setup.lm.save_hf(model, folder, tokenizer)
+            print(f"{folder}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
     except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
