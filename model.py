@@ -6,7 +6,7 @@ Source:     Vaswani et al. 2017, arXiv:1706.03762; RMSNorm arXiv:1910.07467 (eq.
             SwiGLU arXiv:2002.05202 (eq. 6); grouped queries arXiv:2305.13245; top-p arXiv:1904.09751 (eq. 2).
 Deviations: normalises before each sub-layer and once at the end (in 2017: after each); no biases unless asked;
             embeddings from N(0, 1), linear weights from N(0, 2/(d_in+d_out)), both cut at 3 sigma.
-Copy:       this file alone; needs torch (triton only for linear_cross_entropy(backend="triton")). MIT.
+Copy:       this file alone; needs torch (triton only for backend="triton" and graph=True). MIT.
 Run:        python model.py
             RoPE turns (1, 0) at positions 0, 1, 2 into (1.00, 0.00), (0.54, 0.84), (-0.42, 0.91)
             XL      2,127,057,600   4.51   22.3%    7.1%   66.9%    3.6%             244                 92.8
@@ -293,9 +293,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     (CUDA). chunk: rows; None takes what fits 560 MB (32 MB on a CPU).
     Raises: ValueError for shapes that do not fit, no target, or a backend that cannot run here."""
     N, (V, D), kind = targets.numel(), weight.shape, hidden.device.type
-    if hidden.shape != (*targets.shape, D) or N == 0:
-        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)} "
-                         "do not fit: want (..., D), (V, D) and (...) with at least one target")
+    if hidden.shape != (*targets.shape, D) or N == 0 or chunk is not None and chunk < 1:
+        raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}, "
+                         f"chunk {chunk} do not fit: want (..., D), (V, D) and (...) with a target, and a chunk from 1")
     _check_ids(targets, V)
     runs = backend == "triton" and triton is not None and (hidden.is_cuda or triton.knobs.runtime.interpret)
     if backend != "torch" and not runs:
@@ -304,8 +304,6 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     if chunk is None:
         fits = max(1, (560_000_000 if hidden.is_cuda else 32_000_000) // (V * dtype.itemsize))
         chunk = -(-N // (-(-N // fits) * 128)) * 128             # chunks of one size, in whole tiles of 128 rows
-    elif chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     hidden, targets = hidden.reshape(N, D).to(dtype), targets.flatten()
     return _linear_cross_entropy(hidden, weight, targets, chunk, backend, gradients)[0]
@@ -412,7 +410,7 @@ class KVCache:
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """Attention of one new token a row, q (R, H, 1, K), to keys and values (R, G, S, K), in order, up to its position
-    (R,). One Triton kernel, a program per row and kv head, which reads what is there and no more."""
+    (R,); K 16, 32, ... 256. One Triton kernel, a program per row and kv head, which reads what is there and no more."""
     (R, H, _, K), G, q = q.shape, keys.shape[1], q.contiguous()
     out, heads = torch.empty_like(q), max(16, triton.next_power_of_2(H // G))              # tl.dot wants 16 rows
     with torch.cuda.device_of(q):
@@ -491,19 +489,20 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
             raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
     if graph and not (cuda and triton is not None and use_cache and K in (16, 32, 64, 128, 256)):
         raise ValueError(f"graph=True needs a GPU, Triton, the cache, head_dim 16, 32, ... 256; not {device}, {K}")
+    if not prompts:
+        return []
     kept = max(context + 1 - max_new_tokens, (context + 1) // 2)
     samples = writing = [Generation(list(p[-kept:])) for p in prompts for _ in range(num_samples)]
-    limits = [min(max_new_tokens, context + 1 - len(s.prompt_ids)) for s in samples]    # + 1: the last one is not read
-    longest, steps = max((len(s.prompt_ids) for s in samples), default=0), max(limits, default=0)
-    texts = torch.tensor([s.prompt_ids + [0] * (longest + steps - len(s.prompt_ids)) for s in samples], device=device)
-    ends = torch.tensor([len(s.prompt_ids) for s in samples], device=device)            # (R,) where the next token goes
-    log_probs = torch.zeros(texts.shape, device=device)
+    lengths = [len(s.prompt_ids) for s in samples]
+    longest, steps = max(lengths), min(max_new_tokens, context + 1 - min(lengths))      # + 1: the last one is not read
+    texts = torch.tensor([s.prompt_ids + [0] * (longest + steps - n) for s, n in zip(samples, lengths)], device=device)
+    log_probs, ends = torch.zeros(texts.shape, device=device), torch.tensor(lengths, device=device)
     banned = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(len(model.layers), num_samples, min(context, longest + steps)) if use_cache else None
 
     def write_token(step: int) -> None:
-        """One more token in every row. Past the prompts it asks the GPU nothing, so that a graph can hold it."""
+        """One more token at the end of every row. Past step 0 it asks the GPU nothing, so that a graph can hold it."""
         rows, last = torch.arange(len(ends), device=device), (ends - 1).clamp(max=context - 1)
         if step and use_cache:
             cache.positions, cache.visible = last, None if graph else min(longest + step, context)
@@ -518,7 +517,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
         log_probs[rows, ends] = (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).float()
         ends.add_(1)
 
-    recorded, looked = None, 0
+    recorded, looked = None, 0                                   # looked: steps whose tokens the samples have
     for step in range(steps):
         if graph and recorded is None and step >= max(2, min_new_tokens):      # step 1 has compiled its kernels
             recorded = torch.cuda.CUDAGraph()
@@ -528,7 +527,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
         write_token(step) if recorded is None else recorded.replay()
         if cuda and (step + 1) % 16 and step + 1 < steps:        # to look means to wait
             continue
-        new = ends[:, None] + torch.arange(looked - step - 1, 0, device=device)         # what was written since
+        new = ends[:, None] + torch.arange(looked - step - 1, 0, device=device)         # the places written since
         for sample, *tokens in zip(writing, texts.gather(1, new).tolist(), log_probs.gather(1, new).tolist()):
             if sample.finish_reason is None:
                 limit = min(max_new_tokens, context + 1 - len(sample.prompt_ids))
@@ -565,10 +564,9 @@ def _extend(sample: Generation, ids: list[int], logprobs: list[float], limit: in
 # ----------------------------------------------------------------------------------------------------- what it costs
 def count_parameters(model: ModelConfig | nn.Module) -> int:
     """Numbers to be trained, of a module or of a config; shared ones once."""
-    if isinstance(model, ModelConfig):
-        with torch.device("meta"):                               # shapes without numbers
-            model = TransformerLM(model)
-    return sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):                                   # shapes without numbers
+        module = TransformerLM(model) if isinstance(model, ModelConfig) else model
+    return sum(p.numel() for p in module.parameters())
 
 def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
     """FLOPs of the matrix products in one forward pass over one sequence, by component and in "total": 2mkn for
@@ -596,7 +594,7 @@ HF_CONFIG = {"vocab_size": "vocab_size", "context_length": "max_position_embeddi
              "norm_eps": "rms_norm_eps", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 HF_KNOWN = {"model_type": ("llama", "qwen2", "qwen3"), "rope_type": ("default", "llama3"), "hidden_act": ("silu",),
             "use_sliding_window": (False, None), "attention_bias": (False, None), "mlp_bias": (False, None)}
-LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"     # our rope_scaling
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -638,18 +636,16 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
     """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form: config.json and model*.safetensors, any number.
     dtype: of the weights; None keeps the checkpoint's. options: attention and checkpoint_every of TransformerLM.
     Raises: ValueError saying what is wrong with it."""
-    state = {}
     try:
         config = _config_from_hf(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
         with torch.device("meta"):                               # no time is spent on random weights
             model = TransformerLM(config, **options)
         ours = {_hf_name(name): name for name in model.state_dict()}
-        for shard in sorted(Path(directory).glob("model*.safetensors")):
-            for name, x in read_safetensors(shard).items():
-                if not name.endswith("rotary_emb.inv_freq"):
-                    state[ours.get(name, name)] = x.to(device, dtype, copy=True)
+        state = {ours.get(name, name): x.to(device, dtype, copy=True)
+                 for shard in sorted(Path(directory).glob("model*.safetensors"))
+                 for name, x in read_safetensors(shard).items() if not name.endswith("rotary_emb.inv_freq")}
         if config.tie_embeddings:
-            state["lm_head.weight"] = state["token_embeddings.weight"]
+            state["lm_head.weight"] = state.get("token_embeddings.weight")
         model.load_state_dict(state, assign=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{directory} is no whole Llama, Qwen2 or Qwen3 checkpoint in config.json and .safetensors: "
@@ -732,13 +728,12 @@ def self_check(seed: int = 0) -> float:
     model, fast = TransformerLM(config), TransformerLM(config, sdpa_attention, checkpoint_every=1)
     fast.load_state_dict(model.state_dict())
     x, y = ids[:, :-1], ids[:, 1:]
-    plain = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-    chunked = linear_cross_entropy(fast.hidden(x), fast.lm_head.weight, y, chunk=7)
-    pairs = [(model(x), fast(x)), (plain, cross_entropy(model(x), y)), (plain, chunked)]
-    pairs += zip(*(torch.autograd.grad(loss, list(m.parameters())) for loss, m in ((plain, model), (chunked, fast))))
+    plain, chunked = cross_entropy(model(x), y), linear_cross_entropy(fast.hidden(x), fast.lm_head.weight, y, chunk=7)
+    oracle = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
     with tempfile.TemporaryDirectory() as folder:
         save_hf(model, folder)
-        pairs.append((model(x), load_hf(folder)(x)))
+        pairs = [(model(x), fast(x)), (model(x), load_hf(folder)(x)), (plain, oracle), (plain, chunked)]
+    pairs += zip(*(torch.autograd.grad(loss, [*m.parameters()]) for loss, m in ((plain, model), (chunked, fast))))
     worst = max((a - b).abs().max().item() for a, b in pairs)
     assert worst < 1e-4, f"two ways to the same numbers differ by {worst:.1e}"
     assert count_parameters(ModelConfig(50257, 1024, 1600, 48, 25, d_ff=6400)) == 2_127_057_600
@@ -753,12 +748,11 @@ def bench(device: str) -> None:
         "full logits, compiled": torch.compile(full, dynamic=False),
         "chunks, triton": partial(linear_cross_entropy, backend="triton")}
     h, w = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((N, D), (V, D)))
-    y = torch.randint(V, (N,), device=device)
+    y, run = torch.randint(V, (N,), device=device), lambda loss: torch.autograd.grad(loss(h, w, y), (h, w))
     for name, loss in ways.items():
-        run = lambda: torch.autograd.grad(loss(h, w, y), (h, w))
-        run()
+        run(loss)
         before = torch.cuda.memory_allocated() if cuda and torch.cuda.reset_peak_memory_stats() is None else 0
-        time = Timer("run()", globals={"run": run}).blocked_autorange(min_run_time=1.0)
+        time = Timer("run(loss)", globals={"run": run, "loss": loss}).blocked_autorange(min_run_time=1.0)
         peak = f", {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB" if cuda else ""
         print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), "
               f"{6 * N * V * D / time.median / 1e12:.2f} TFLOP/s{peak}", flush=True)
@@ -773,9 +767,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.bench:
         bench(args.device)
-        return 0
-    walk_through()
-    print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
+    else:
+        walk_through()
+        print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
     return 0
 
 
