@@ -106,11 +106,11 @@ serve: $(READY)  ## vLLM on out/export (pip install vllm first)  ## CPU or GPU
 WARC ?=
 FILTERED = $(if $(WARC),out/data/crawl,out/data/filtered)
 data: $(READY)  ## a sample web archive (or WARC=, files or URLs) -> filter -> dedup -> out/data/train.npy  ## CPU, 10 s
-	$(if $(WARC),,rm -rf out/data && $(PY) data_filter.py --sample out/data)
-	$(PY) data_filter.py $(or $(WARC),out/data/sample.warc.gz) --out $(FILTERED) \
-	  $(if $(WARC),,--keep-dropped 100000 --check out/data/expected.json) $(ARGS)
+	$(if $(WARC),,rm -rf out/data && $(PY) tests/fixtures/make_data_sample.py write out/data)
+	$(PY) data_filter.py $(or $(WARC),out/data/sample.warc.gz) --out $(FILTERED) $(if $(WARC),,--keep-dropped 100000) $(ARGS)
+	$(if $(WARC),,$(PY) tests/fixtures/make_data_sample.py check out/data/expected.json $(FILTERED))
 	$(PY) dedup.py $(FILTERED) --out out/data/dedup --text out/data/train.txt
-	$(if $(WARC),,$(PY) data_filter.py --check out/data/expected.json --out out/data/dedup)
+	$(if $(WARC),,$(PY) tests/fixtures/make_data_sample.py check out/data/expected.json out/data/dedup)
 	$(PY) bpe.py train --input out/data/train.txt --vocab-size 2048 --special '$(END)' --out out/data/tokenizer.json
 	$(PY) bpe.py encode --tokenizer out/data/tokenizer.json --input out/data/train.txt --out out/data/train.npy
 
@@ -163,7 +163,8 @@ bench: $(READY)  ## every file beside what one would use instead, and beside the
 	$(PY) ddp.py --bench
 	$(PY) sharded_optim.py --bench
 	$(PY) scaling.py bench
-	$(PY) data_filter.py --bench
+	$(PY) tests/fixtures/make_data_sample.py bench out/data-bench
+	$(PY) data_filter.py --bench out/data-bench/pages.warc out/data-bench/texts.wet
 	$(PY) dedup.py bench 20000 400
 	$(PY) sft.py --bench
 	$(PY) grpo.py --bench
