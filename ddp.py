@@ -113,7 +113,8 @@ def run_rank(work, *args) -> None:  # twin: sharded_optim.py
         traceback.print_exc()
         time.sleep(5)
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):                                     # nobody may be reading any more
+            sys.stdout.flush()
         os._exit(code)
 
 def spawn(worker, world_size: int, *args) -> None:  # twin: sharded_optim.py

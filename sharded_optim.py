@@ -54,12 +54,12 @@ def run_rank(work, *args) -> None:  # twin: ddp.py
         traceback.print_exc()
         time.sleep(5)
     finally:
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):                                     # nobody may be reading any more
+            sys.stdout.flush()
         os._exit(code)
 
 def spawn(worker, world_size: int, *args) -> None:  # twin: ddp.py
-    """Runs worker(rank, world_size, *args) in `world_size` gloo processes of this machine. They meet through a file,
-    so that no port is taken. If one dies, the others are stopped and the exception names its rank."""
+    """Runs worker(rank, world_size, *args) in gloo processes of this machine. The exception names a rank that died."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_enter, (worker, world_size, os.path.join(folder, "meet"), args), world_size)
 
