@@ -86,21 +86,19 @@ def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     (N, C, loss), rows = columns(1, N=N, C=C, loss=loss), []
     rounded = np.array([float(f"{c:.6g}") for c in C])
     for budget in np.unique(rounded):
-        u, losses, doubt = np.log(N[rounded == budget]), loss[rounded == budget], ""
+        u, losses = np.log(N[rounded == budget]), loss[rounded == budget]
         best, best_loss, low, high = u[losses.argmin()], losses.min(), u.min(), u.max()
         if method == "parabola":
             if (sizes := len(np.unique(u))) < 3:
                 raise ValueError(f'budget {budget:g} has {sizes} distinct sizes; a parabola needs 3, "min" needs 1')
             c2, c1, c0 = np.polyfit((u - u.mean()) / (high - low), losses, 2)      # centred and scaled
-            if c2 <= 1e-12 * best_loss:
-                doubt = "the parabola opens downward; took the lowest run"
-            else:
+            if c2 > 1e-12 * best_loss:
                 best, best_loss = u.mean() - (high - low) * c1 / (2 * c2), c0 - c1 ** 2 / (4 * c2)
+            else:
+                warnings.warn(f"budget {budget:g}: the parabola opens downward; took the lowest run", stacklevel=2)
         if not low <= best <= high:
-            low, best_N, high = np.exp([low, best, high])
-            doubt = f"the vertex N {best_N:.4g} lies outside the sampled {low:.4g}..{high:.4g}; add sizes there"
-        if doubt:
-            warnings.warn(f"budget {budget:g}: {doubt}", stacklevel=2)
+            warnings.warn(f"budget {budget:g}: the vertex N {math.exp(best):.4g} lies outside the sampled "
+                          f"{math.exp(low):.4g}..{math.exp(high):.4g}; add sizes there", stacklevel=2)
         rows.append((budget, np.exp(best), budget / 6 / np.exp(best), best_loss))
     return Optima(*np.array(rows).T)
 
@@ -257,8 +255,8 @@ DTYPES = "float32", "bfloat16"
 EITHER = dict(lr_scheduler=dict(peak=1e-3, final_lr_frac=0.0, warmup_frac=0.05, init=0.0), weight_decay=0.1,
               grad_clip_norm=1.0)
 ADAMW, SGD = EITHER | dict(betas=[0.9, 0.95], eps=1e-8, eps_root=0.0), EITHER | dict(momentum=0.9, nesterov=False)
-LIMITS = {"model_seed": [0, 10 ** 20], "grad_clip_norm": [1e-6, 10 ** 20], "max_runtime_seconds": [1e-6, 10 ** 20]} | \
-    dict.fromkeys(("betas", "momentum", "weight_decay", "warmup_frac", "final_lr_frac"), [0, 1])
+LIMITS = dict.fromkeys(("betas", "momentum", "weight_decay", "warmup_frac", "final_lr_frac"), [0, 1]) | {
+    "model_seed": [0, 10 ** 20], "grad_clip_norm": [1e-6, 10 ** 20], "max_runtime_seconds": [1e-6, 10 ** 20]}
 
 def like(value, example, name: str, limits: dict = LIMITS):
     """The value in the types of the example: the same keys, as many numbers, an optimizer with momentum as SGD's.
@@ -537,8 +535,7 @@ class Handler(BaseHTTPRequestHandler):
         """To /name. given: the query (2025), the body (POST), or the id (experiment). Raises: Refused."""
         server, backend = self.server, self.server.backend
         if name == "loss":
-            numbers = {name: json.loads(text) for name, text in given.items()}
-            asked = like(numbers, QUERY, "the query", server.ranges)
+            asked = like({name: json.loads(text) for name, text in given.items()}, QUERY, "the query", server.ranges)
             config = backend.translate(asked, server.seed)
             run = server.add(2025, key, config, asked, asked["train_flops"])
             if run in server.ended:
