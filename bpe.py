@@ -17,7 +17,6 @@ Run:        python bpe.py
             fast = plain = known merges, there and back  OK
 """
 import argparse
-import concurrent.futures
 import contextlib
 import functools
 import heapq
@@ -151,6 +150,8 @@ class Tokenizer:
     """
     cache_size = 1 << 17                                        # words remembered; then the cache starts anew
     fast_from = 1 << 11                                         # characters from which whole chunks pay
+    added: dict[str, dict] = {}                                 # what a file said of its added tokens, and what comes
+    post_processor: dict | None = None                          # after encoding: kept for save()
 
     def __init__(self, vocab: dict[int, bytes], merges: list[Pair], special_tokens: list[str] | None = None, *,
                  pattern: str = "gpt2", ignore_merges: bool = False, normalize: str | None = None):
@@ -191,6 +192,8 @@ class Tokenizer:
     def encode_bytes(self, raw: bytes) -> np.ndarray:
         """The ids of valid UTF-8, as uint16 if the vocabulary fits and uint32 otherwise."""
         if self.pattern == "gpt2" and not self.normalize and not self.ignore_merges:
+            if len(self.fast.words.words) > self.fast.max_words:
+                del self.fast                                   # a cached property: it starts anew
             return self.fast.encode(raw)
         return np.array(self.encode_plain(raw.decode()), self.dtype)
 
@@ -280,9 +283,6 @@ class Tokenizer:
         tokenizer.added, tokenizer.post_processor = added, document.get("post_processor")
         return tokenizer
 
-    added: dict[str, dict] = {}                                 # what a file said of its added tokens, and what comes
-    post_processor: dict | None = None                          # after encoding: kept for save()
-
     def save(self, tokenizer_json: Source) -> None:
         """Writes a Hugging Face tokenizer.json, which `tokenizers`, `transformers` and vLLM load."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -291,33 +291,29 @@ class Tokenizer:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         text = {token: token.decode("latin-1").translate(byte_to_unicode()) for token in self.vocab.values()}
         names = {i: text[token] for i, token in self.vocab.items()} | {i: s for s, i in self.special_tokens.items()}
-        added = sorted((i, content) for content, i in self.special_tokens.items())
         document = {
             "version": "1.0", "truncation": None, "padding": None, "decoder": byte_level,
-            "added_tokens": [{"id": i, "content": s, **flags, **self.added.get(s, {})} for i, s in added],
+            "added_tokens": [{"id": i, "content": names[i], **flags, **self.added.get(names[i], {})}
+                             for i in sorted(self.special_tokens.values())],
             "normalizer": {"type": self.normalize} if self.normalize else None,
             "pre_tokenizer": byte_level if self.pattern == "gpt2" else steps,
             "post_processor": self.post_processor or byte_level | {"trim_offsets": False},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "model": {**dict.fromkeys((*UNSET, "unk_token")), "type": "BPE", "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": self.ignore_merges, "vocab": {names[i]: i for i in sorted(names)},
                       "merges": [f"{text[a]} {text[b]}" for a, b in self.merges]}}
         with write_whole(tokenizer_json) as f:
-            f.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
+            f.write(json.dumps(document, ensure_ascii=False).encode())
 
 
-UNSUPPORTED = ("add_prefix_space", "invert", "dropout", "continuing_subword_prefix", "end_of_word_suffix",
-               "byte_fallback", "lstrip", "rstrip", "single_word")
+UNSET = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")                         # in a tokenizer.json
+UNSUPPORTED = (*UNSET, "add_prefix_space", "invert", "byte_fallback", "lstrip", "rstrip", "single_word")
 
 
 def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges ("left right" or [left, right]) from the byte_to_unicode form, but for tokens in clear."""
-    bytes_of = {ord(char): byte for byte, char in byte_to_unicode().items()}
-    names = [text for text in vocab if text not in clear]
-    data = "".join(names).translate(bytes_of).encode("latin-1")                         # at once: a character is a byte
-    ends = itertools.accumulate(map(len, names))
-    tokens = {text: text.encode() for text in clear}
-    tokens |= {text: data[end - len(text):end] for text, end in zip(names, ends)}
+    byte_of = {ord(char): byte for byte, char in byte_to_unicode().items()}
+    tokens = {text: text.translate(byte_of).encode("latin-1") for text in vocab if text not in clear}
+    tokens |= {text: text.encode() for text in clear}
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return {i: tokens[text] for text, i in vocab.items()}, [(tokens[a], tokens[b]) for a, b in pairs]
 
@@ -368,143 +364,118 @@ def classify(code_points: np.ndarray) -> np.ndarray:
     return CLASS_OF[code_points]
 
 
-ASCII = bytes(range(128))
-BYTE_CLASS = classify(np.frombuffer(ASCII, np.uint8)).tobytes() + bytes([OTHER]) * 128
+BYTE_CLASS = classify(np.arange(128)).tobytes().ljust(256)
 
 
 def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     """Where GPT-2's pre-tokens start in UTF-8 bytes; a special token counts as one. Returns int64 (P,).
 
     Whether one starts at a character depends on the classes of three, the one before, itself and the next: a table
-    stands for the regular expression. Put right afterwards, where they occur: contractions, and characters of several
-    bytes, of which only the first may start a pre-token.
+    stands for the regular expression. Put right afterwards, where they occur: characters of several bytes, of which
+    only the first may start a pre-token, and contractions.
     """
     N, data = len(raw), np.frombuffer(raw + bytes(2), np.uint8)
     padded = np.frombuffer(bytearray(b"\0%b\0\0" % raw.translate(BYTE_CLASS)), np.uint8)       # EDGE on either side
     beyond = np.flatnonzero(data >= 0x80)
     lead = beyond[data[beyond] >= 0xC0]
     width = 2 + (data[lead] >= 0xE0) + (data[lead] >= 0xF0)
-    lead_class = classify(np.frombuffer(raw.translate(None, ASCII).decode().encode("utf-32-le"), np.uint32))
+    lead_class = classify(np.frombuffer(data[beyond].tobytes().decode().encode("utf-32-le"), np.uint32))
     padded[1 + beyond] = np.repeat(lead_class, width)           # all bytes of a character alike
     spans = [match.span() for match in special.finditer(raw)]
     for start, end in spans:
         padded[1 + start:1 + end] = EDGE
     three = 36 * padded[:N] + 6 * padded[1:N + 1] + padded[2:N + 2]
     starts = np.frombuffer(bytearray(three).translate(STARTS), bool)                    # (N,)
-    quote = np.flatnonzero(data == ord("'"))
-    quote = quote[(padded[quote] != OTHER) & (padded[quote] != SPACE)]                  # else it is within "('" or " '"
+    blank, last = lead[lead_class == BLANK], (lead + width - 1)[lead_class == BLANK]
+    starts[blank] |= starts[last]                               # its last byte saw what follows
+    starts[last] = False
+    quote = np.flatnonzero((data[:N] == ord("'")) & starts)
     end = quote + 1 + CONTRACTION[data[quote + 1], data[quote + 2]]
     whole = (end > quote + 1) & (padded[quote + 2] == LETTER) & (padded[end] == LETTER)  # no special token cuts it
     starts[quote[whole] + 1] = False
-    end = end[whole]
-    starts[end[padded[end + 1] == LETTER]] = True
-    blank, last = lead[lead_class == BLANK], (lead + width - 1)[lead_class == BLANK]
-    starts[blank] |= starts[last]                               # its last byte saw what follows
-    starts[blank + 1] = starts[last] = False
+    starts[end[whole & (padded[end + 1] == LETTER)]] = True
     starts[[start for start, _ in spans]] = True
     return np.flatnonzero(starts)
 
 
-def spread(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The positions of many stretches in one array: spread([5, 9], [2, 3]) -> [5, 6, 9, 10, 11]."""
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
-
-
 ODD = np.uint64(0x9E3779B97F4A7C15)                             # 2**64 over the golden ratio: Knuth, volume 3, 6.4
 ONES, JOINED = np.uint64(2**64 - 1), np.uint64(0xFE << 56)      # of the bytes 0xFF and 0xFE, which UTF-8 never has
+GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
+MIRROR = bytes(range(255, -1, -1))
 
 
-class KeyTable:
-    """Numbers distinct uint64 keys 1, 2, 3, ...: a dict for whole arrays at a time. ONES is no key.
+class Index:
+    """Finds keys in a sorted array: np.searchsorted, and a table that knows most of the answers sooner.
 
-    A hash table with open addressing: a key's number is in the slot that its product with ODD names, or in the next one
-    that was free. Number 0 marks a free slot.
+    The product with ODD names a key's slot in the table. Keys whose slot went to another one are searched for.
     """
-    def __init__(self):
-        self.keys, self.slots = np.array([ONES]), np.zeros(1 << 12, np.int32)
-        np.empty(31 << 20, np.uint8)    # freed at once: glibc then keeps arrays up to this size for the next chunk
+    def __init__(self, keys: np.ndarray):
+        keys = np.append(np.sort(keys), ONES)                   # uint64; ONES is no key
+        self.keys = keys[np.append(True, keys[1:] != keys[:-1])]
+        self.missing = len(self.keys) - 1
+        self.shift = np.uint64(60 - self.missing.bit_length())  # at least eight slots a key
+        self.table = np.full(1 << 64 - int(self.shift), self.missing, np.int32)
+        self.table[self.keys[:-1] * ODD >> self.shift] = np.arange(self.missing)
 
-    def find(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The numbers of the keys, 0 for those that are not there, and the slots where that was seen. Both int64."""
-        slot = (keys * ODD >> np.uint64(65 - len(self.slots).bit_length())).view(np.int64)
-        numbers = self.slots.take(slot).astype(np.int64)
-        astray = np.flatnonzero(self.keys.take(numbers) != keys)
-        while (astray := astray[numbers[astray] > 0]).size:     # these met another key
-            slot[astray] = slot[astray] + 1 & len(self.slots) - 1
-            numbers[astray] = self.slots[slot[astray]]
-            astray = astray[self.keys[numbers[astray]] != keys[astray]]
-        return numbers, slot
-
-    def add(self, keys: np.ndarray) -> None:
-        """Adds keys that are all different and not there yet. At most a fourth of the slots is ever taken."""
-        first, self.keys = len(self.keys), np.append(self.keys, keys)
-        if 4 * len(self.keys) > len(self.slots):
-            first, self.slots = 1, np.zeros(1 << (8 * len(self.keys)).bit_length(), np.int32)
-        numbers = np.arange(first, len(self.keys))
-        while numbers.size:
-            _, slot = self.find(self.keys[numbers])
-            self.slots[slot] = numbers                          # of several that want one slot, one gets it
-            numbers = numbers[self.slots[slot] != numbers]
-
-    def number(self, keys: np.ndarray) -> np.ndarray:
-        """The numbers of the keys; those that are not there are added."""
-        numbers, _ = self.find(keys)
-        if (new := np.flatnonzero(numbers == 0)).size:
-            self.add(np.unique(keys[new]))
-            numbers[new], _ = self.find(keys[new])
-        return numbers
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Where in self.keys these are, `missing` for those that are not there. Returns int64."""
+        place = self.table.take((keys * ODD >> self.shift).view(np.int64)).astype(np.int64)
+        astray = np.flatnonzero((self.keys.take(place) != keys) & (place < self.missing))
+        place[astray] = searched = np.searchsorted(self.keys, keys[astray])
+        place[astray[self.keys[searched] != keys[astray]]] = self.missing
+        return place
 
 
 class Words:
-    """A chunk of text cut into words, and the number of each in a table that may have seen others.
+    """The distinct words of all chunks seen.
 
-    The first eight bytes from a word's start are its key; those that are not its own are made 0xFF. A longer word is
-    cut into rows of eight bytes; neighbours are joined to pairs, these to pairs of pairs, until one is left. The key of
-    a pair is made of its two numbers. No key is a hash, so different words never have the same number.
+    A word of up to eight bytes is its own key, filled up with 0xFF; the key of a longer one is made of the numbers of
+    its halves. No key is a hash, so different words never have the same number.
     """
-    def __init__(self, table: KeyTable, raw: bytes, starts: np.ndarray):
-        self.table, self.raw, self.starts = table, raw, starts                          # starts: int64 (P,)
-        self.lengths = lengths = np.diff(starts, append=len(raw))
-        eight = np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))           # the eight bytes from any place
-        self.numbers = table.number(eight[starts] | ONES << (8 * lengths).view(np.uint64))              # int64 (P,)
-        long = np.flatnonzero(lengths > 8)
-        rows = lengths[long] + 7 >> 3
-        row = spread(np.zeros_like(rows), rows)                 # of all long words: 0, 1, 2, ... from each word's start
-        left = np.repeat(rows, rows) - row                      # and how many there are from here to its end
-        at = np.repeat(starts[long], rows) + 8 * row
-        own = 8 * (np.repeat((starts + lengths)[long], rows) - at)      # bits; shifted by 64 or more, ONES are 0
-        parts = table.number(eight[at] | ONES << own.view(np.uint64))
-        while len(parts) > len(long):
-            even = np.flatnonzero(row & 1 == 0)
-            pair = even[left[even] > 1]
-            parts[pair] = table.number((parts[pair] << 28 | parts[pair + 1]).view(np.uint64) | JOINED)
-            parts, row, left = parts[even], row[even] >> 1, left[even] + 1 >> 1
-        self.numbers[long] = parts
+    def __init__(self):
+        self.keys, self.numbers = np.array([ONES]), np.array([0])       # ascending keys; their numbers
+        self.words, self.index = [], np.zeros(0, np.int64)              # index: in words, by number
+        np.empty(31 << 20, np.uint8)    # freed at once: glibc then keeps arrays up to this size for the next chunk
 
-    def one_of_each(self, places: np.ndarray) -> np.ndarray:
-        """Of the places where the same word stands, one."""
-        last = np.empty(len(self.table.keys), np.int64)         # by number. Of several that write there, one remains
-        last[self.numbers[places]] = places
-        return places[last[self.numbers[places]] == places]
+    def number(self, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The numbers of words, int64 (P,), in a chunk of which eight[i] are the eight bytes from i on."""
+        bits = 8 * (ends - starts)
+        keys = eight[starts] | ONES << bits.view(np.uint64)     # shifted by 64 or more, it is 0
+        if (long := np.flatnonzero(bits > 64)).size:
+            left, right = starts[long], ends[long]
+            middle = left + right >> 1
+            halves = self.number(eight, np.append(left, middle), np.append(middle, right)).view(np.uint64)
+            keys[long] = JOINED | halves[:len(long)] << np.uint64(28) | halves[len(long):]
+        index = Index(keys)
+        at = np.searchsorted(self.keys, index.keys)
+        new = np.flatnonzero(self.keys[at] != index.keys)
+        self.numbers = np.insert(self.numbers, at[new], len(self.keys) + np.arange(len(new)))
+        self.keys = np.insert(self.keys, at[new], index.keys[new])
+        return self.numbers[np.searchsorted(self.keys, index.keys)][index.find(keys)]
 
-    def text(self, places: np.ndarray) -> np.ndarray:
-        """The bytes of the words at these places, end to end."""
-        return np.frombuffer(self.raw, np.uint8)[spread(self.starts[places], self.lengths[places])]
+    def look_up(self, raw: bytes, starts: np.ndarray) -> np.ndarray:
+        """Which of self.words starts at each of these places and ends where the next one starts. Both int64 (P,)."""
+        ends, eight = np.append(starts[1:], len(raw)), np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))
+        numbers = self.number(eight, starts, ends)
+        self.index = np.append(self.index, np.full(len(self.keys) - len(self.index), -1))
+        new = np.flatnonzero(self.index[numbers] < 0)
+        self.index[numbers[new]] = new                          # of several places of a word, one remains
+        new = new[self.index[numbers[new]] == new]
+        new = new[(ends - starts)[new].argsort(kind="stable")]  # short words first
+        self.index[numbers[new]] = np.arange(len(new)) + len(self.words)
+        self.words += [raw[i:j] for i, j in zip(starts[new].tolist(), ends[new].tolist())]
+        return self.index[numbers]
 
 
 def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
-    """count_words_plain for some ranges of a file: a process's share of train_bpe."""
+    """count_words_plain for some ranges of a file, special tokens too: a process's share of train_bpe."""
     path, special = SHARED
-    table, counts, number_of = KeyTable(), np.zeros(1, np.int64), {}
+    words, counts = Words(), np.zeros(0, np.int64)
     for raw in (read_range(path, *stretch) for stretch in ranges):
-        words = Words(table, raw, pretoken_starts(raw, special))
-        counts = np.append(counts, np.zeros(len(table.keys) - len(counts), np.int64))
-        new = words.one_of_each(np.flatnonzero(counts[words.numbers] == 0))
-        counts += np.bincount(words.numbers, minlength=len(counts))
-        stretches = zip(words.starts[new].tolist(), (words.starts + words.lengths)[new].tolist())
-        number_of.update(zip((raw[start:end] for start, end in stretches), words.numbers[new].tolist()))
-    return {word: int(counts[number]) for word, number in number_of.items() if not special.fullmatch(word)}
+        places = words.look_up(raw, pretoken_starts(raw, special))
+        counts = np.append(counts, np.zeros(len(words.words) - len(counts), np.int64))
+        counts += np.bincount(places, minlength=len(counts))
+    return dict(zip(words.words, counts.tolist()))
 
 
 def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
@@ -512,14 +483,10 @@ def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
     return "\u0100".join([tokens[i].translate(MIRROR).decode("latin-1") for i in (left, right)]) + "\u0100"
 
 
-MIRROR = bytes(range(255, -1, -1))
-GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
-
-
-def in_a_row(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """What is end to end, word after word, with a GAP before each word and at the end."""
-    row = np.full(len(values) + len(lengths) + 1, GAP, np.int64)
-    row[spread(np.cumsum(lengths + 1) - lengths, lengths)] = values
+def in_a_row(words: Iterable[bytes]) -> np.ndarray:
+    """The bytes of all words, with a GAP before each and at the end, as int64. (0xFF is no byte of UTF-8.)"""
+    row = np.frombuffer(b"\xff".join([b"", *words, b""]), np.uint8).astype(np.int64)
+    row[row == 0xFF] = GAP
     return row
 
 
@@ -529,130 +496,116 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
 
     All words stand in one row. What is merged away stays there, and links jump over it. For each pair a heap has its
     count, and `places` where it was seen, both upper bounds (new places come with new symbols only): a pair that is
-    popped is counted again. Pairs rarer than `floor` are left out until the heap is empty; then the row is closed up
-    and all pairs are taken anew, with a lower floor.
+    popped is counted again. Pairs rarer than `floor` are left out until the heap is empty; then all are taken anew.
     """
-    lengths, counts = np.array([*map(len, word_counts)], np.int64), np.array([*word_counts.values()], np.int64)
-    symbol = in_a_row(np.frombuffer(b"".join(word_counts), np.uint8), lengths)
-    weight = in_a_row(np.repeat(counts, lengths), lengths)
-    tokens, merges, heap, places, floor = [bytes([i]) for i in range(256)], [], [], {}, None
+    symbol = in_a_row(word_counts)
+    weight = np.array([0, *word_counts.values()])[np.cumsum(symbol == GAP) % (len(word_counts) + 1)]
+    following = np.arange(1, len(symbol) + 1)
+    preceding = following - 2
+    tokens, merges, heap, places, floor = [bytes([i]) for i in range(256)], [], [], {}, 0
 
-    def remember(keys: np.ndarray, at: np.ndarray, pair_of: Callable) -> None:
-        """Groups places by their keys; the pairs that are frequent enough go on the heap."""
+    def remember(at: np.ndarray) -> None:
+        """Puts the pairs that start at these places on the heap, with their counts, unless they are rare."""
         nonlocal floor
+        keys = symbol[at] << 32 | symbol[following[at]]
+        inside = keys >= 0                                      # else there is a GAP
+        keys, at = keys[inside], at[inside]
         order = keys.argsort()
         keys, at = keys[order], at[order]
-        begins = np.concatenate([[True], keys[1:] != keys[:-1]]).nonzero()[0]
-        sums = np.add.reduceat(weight[at], begins)
-        floor = floor or max(1, int(sums.max()) // 20)
-        often = (sums >= floor).nonzero()[0]
-        for i, pair, count in zip(often.tolist(), map(pair_of, keys[begins[often]].tolist()), sums[often].tolist()):
-            places[pair] = at[begins[i]:begins[i + 1] if i + 1 < len(begins) else None].copy()
-            heapq.heappush(heap, (-count, tie_key(*pair, tokens), pair))
+        bounds = np.concatenate([[True], keys[1:] != keys[:-1], [True]]).nonzero()[0]   # of stretches of equal keys
+        sums = np.add.reduceat(weight[at], bounds[:-1]).tolist() if keys.size else []
+        floor = floor or max(1, max(sums, default=0) // 20)
+        for i, count in enumerate(sums):
+            if count >= floor:
+                key = int(keys[bounds[i]])
+                pair = key >> 32, key & 0xFFFFFFFF
+                places[pair] = at[bounds[i]:bounds[i + 1]].copy()
+                heapq.heappush(heap, (-count, tie_key(*pair, tokens), pair))
 
     while len(merges) < num_merges:
-        if not heap:                                            # close up the row and take all pairs anew
-            symbol, weight, floor = symbol[symbol != GONE], weight[symbol != GONE], None
-            following = np.arange(1, len(symbol) + 1)
-            preceding = following - 2
-            at = np.flatnonzero((symbol[:-1] != GAP) & (symbol[1:] != GAP))
-            if at.size:
-                remember(symbol[at] << 32 | symbol[at + 1], at, lambda key: (key >> 32, key & 0xFFFFFFFF))
+        if not heap:
+            floor = 0
+            remember(np.flatnonzero(symbol >= 0))
             if not heap:
                 break
-        bound, key, pair = heapq.heappop(heap)
-        at = places.pop(pair)
-        at = at[(symbol[at] == pair[0]) & (symbol[following[at]] == pair[1])]
-        count = int(weight[at].sum())
+        bound, key, (left, right) = heapq.heappop(heap)
+        at = places.pop((left, right))
+        at = at[(symbol[at] == left) & (symbol[following[at]] == right)]
+        count = int(np.add.reduce(weight[at]))
         if count < -bound:
             if count >= floor:
-                places[pair] = at
-                heapq.heappush(heap, (-count, key, pair))
+                places[left, right] = at
+                heapq.heappush(heap, (-count, key, (left, right)))
             continue
-        if pair[0] == pair[1]:                                  # of the three places in "aaaa", the second overlaps two
+        if left == right:                                       # of the three places in "aaaa", the second overlaps two
             at, nth = np.sort(at), np.arange(len(at))
             run = np.maximum.accumulate(np.where(np.append(-1, following[at])[:-1] == at, 0, nth))
             at = at[(nth - run) % 2 == 0]
         new = len(tokens)
-        merges.append((tokens[pair[0]], tokens[pair[1]]))
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
         gone = following[at]
         after = following[gone]
         symbol[at], symbol[gone] = new, GONE
         following[at], preceding[after] = after, at
         before = preceding[at]
-        x, y = symbol[before], symbol[after]
-        has_x, has_y = (x >= 0) & (x != new), y >= 0            # (new, new) is counted once, by its left half
-        keys = np.concatenate([2 * x[has_x], 2 * y[has_y] + 1])
-        if keys.size:
-            remember(keys, np.concatenate([before[has_x], at[has_y]]),
-                     lambda key: (new, key >> 1) if key & 1 else (key >> 1, new))
+        remember(np.concatenate([before[symbol[before] != new], at]))       # (new, new) counts once, by its left half
         if log and len(merges) % 1000 == 0:
             log(f"merge {len(merges):,} of {num_merges:,} | {count:,} times {tokens[-1]}")
     return merges
 
 
 class FastEncoder:
-    """Tokenizer.encode_plain for GPT-2's pattern, a chunk of UTF-8 at a time: every word is looked up by its number.
+    """Tokenizer.encode_plain for GPT-2's pattern, a chunk of UTF-8 at a time: every word is looked up.
 
     Words that are met for the first time are merged, all of them together.
     """
-    max_words = 1 << 20                                         # remembered; then the tables start anew
+    max_words = 1 << 18                                         # remembered; then all starts anew
     long = 64                                                   # bytes; words over this are merged one by one
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, pairs = tokenizer, np.array(list(tokenizer.ranks), np.int64).reshape(-1, 2)
-        self.ranks = KeyTable()                                 # of pairs, in order: number = rank + 1
-        self.ranks.add((pairs[:, 0] << 32 | pairs[:, 1]).view(np.uint64))
-        self.merged = np.array([0] + [new for _, new in tokenizer.ranks.values()])
-        self.byte_ids = np.array(tokenizer.byte_id)
+        self.tokenizer, self.byte_ids = tokenizer, np.array([*tokenizer.byte_id, GAP])          # the last is [GAP]
+        self.merged = np.array([new for _, new in tokenizer.ranks.values()], np.int64)          # by rank
+        pairs = np.array([left << 32 | right for left, right in tokenizer.ranks], np.uint64)
+        self.pairs, self.costs = Index(pairs), np.append(pairs.argsort() << 32, NEVER)  # as the keys are sorted: ranks
+        tokens, self.words = [token.encode() for token in tokenizer.special_tokens], Words()
         self.special = re.compile(special_pattern(tokenizer.special_tokens).encode())
-        self.forget()
-
-    def forget(self) -> None:
-        """Starts anew, knowing the special tokens only."""
-        special = {token.encode(): i for token, i in self.tokenizer.special_tokens.items()}
-        self.table, self.ids = KeyTable(), np.array([*special.values()], self.tokenizer.dtype)   # of words, end to end
-        numbers = Words(self.table, b"".join(special), np.cumsum([0, *map(len, special)])[:-1]).numbers
-        self.begins, self.counts = np.zeros((2, len(self.table.keys)), np.int64)        # by number: where in ids a
-        self.begins[numbers], self.counts[numbers] = np.arange(len(special)), 1         # word's are, and how many
+        self.words.look_up(b"".join(tokens), np.cumsum([0, *map(len, tokens)])[:-1])
+        self.ids = np.array([tokenizer.token_id[token] for token in self.words.words], tokenizer.dtype)
+        self.bounds = np.arange(len(tokens) + 1)                # word i has the ids from bounds[i] to bounds[i + 1]
 
     def encode(self, raw: bytes) -> np.ndarray:
         """The ids of valid UTF-8."""
-        if len(self.table.keys) > self.max_words:
-            self.forget()
-        words = Words(self.table, raw, pretoken_starts(raw, self.special))
-        room = np.zeros(len(self.table.keys) - len(self.counts), np.int64)
-        self.begins, self.counts = np.append(self.begins, room), np.append(self.counts, room)
-        new = words.one_of_each(np.flatnonzero(self.counts[words.numbers] == 0))
-        is_long = words.lengths[new] > self.long
-        short, long = new[~is_long], new[is_long]
-        short = short[words.lengths[short].argsort(kind="stable")]
-        ids, counts = self.merge(words.text(short), words.lengths[short])
-        merged = [self.tokenizer.merge_word(words.text(long[i:i + 1]).tobytes()) for i in range(len(long))]
-        counts, numbers = np.append(counts, [*map(len, merged)]).astype(np.int64), words.numbers[np.append(short, long)]
-        self.begins[numbers], self.counts[numbers] = len(self.ids) + np.cumsum(counts) - counts, counts
+        places = self.words.look_up(raw, pretoken_starts(raw, self.special))
+        new = self.words.words[len(self.bounds) - 1:]
+        short = sum(len(word) <= self.long for word in new)     # they come first
+        ids, counts = self.merge(new[:short])
+        merged = [self.tokenizer.merge_word(word) for word in new[short:]]
+        counts = np.concatenate([self.bounds[-1:], counts, np.array([*map(len, merged)], np.int64)])
+        self.bounds = np.append(self.bounds[:-1], np.cumsum(counts))
         self.ids = np.concatenate([self.ids, ids, *merged]).astype(self.ids.dtype)
-        return self.ids[spread(self.begins[words.numbers], self.counts[words.numbers])]
+        counts = self.bounds[places + 1] - self.bounds[places]
+        ends = np.cumsum(counts)
+        return self.ids[np.repeat(self.bounds[places] - (ends - counts), counts) + np.arange(counts.sum())]
 
-    def merge(self, text: np.ndarray, lengths: np.ndarray, rounds: list | None = None) -> tuple:
-        """Tokenizer.merge_word for many words at once, end to end in text. Returns: their ids, and how many of each.
+    def merge(self, words: list[bytes], rounds: list | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenizer.merge_word for many words at once. Returns: their ids, end to end, and how many of each.
 
-        The words stand in a row with links, as in merge_words; best the short ones first, for they are done first. In
-        every round each word joins its pair of lowest rank, the first of them; a word without such a pair is done.
+        The words stand in a row with links, as in merge_words. In every round each word joins its pair of lowest rank,
+        the first of them; a word without such a pair is done.
         """
-        symbol, words = in_a_row(self.byte_ids[text], lengths), np.cumsum(lengths + 1) - lengths
-        following, begins = np.arange(1, len(symbol) + 1), words - 1
-        preceding = following - 2
+        symbol = self.byte_ids[in_a_row(words)]
+        following, begins = np.arange(1, len(symbol) + 1), np.flatnonzero(symbol == GAP)[:-1]
+        preceding, active = following - 2, begins + 1           # words that are not done, by where they start
         cost = np.full(len(symbol), NEVER)                      # of the pair that starts here: its rank, then its place
-        at = np.arange(len(symbol) - 1)
-        while words.size:
+        at = following[:-1] - 1
+        while active.size:
             if rounds is not None:
                 rounds.append(symbol.copy())
-            rank, _ = self.ranks.find(((symbol[at] << 32) + symbol[following[at]]).view(np.uint64))
-            cost[at] = np.where(rank == 0, NEVER, rank << 32 | at)
-            best = np.minimum.reduceat(cost[words[0]:], words - words[0])      # words done, in between, cost NEVER
-            words, best = words[best < NEVER], best[best < NEVER]
+            pairs = (symbol[at] << 32 | symbol[following[at]]).view(np.uint64)
+            cost[at] = self.costs[self.pairs.find(pairs)] | at
+            best = np.minimum.reduceat(cost[active[0]:], active - active[0])    # words done, in between, cost NEVER
+            active, best = active[best < NEVER], best[best < NEVER]
             at = best & 0xFFFFFFFF
             gone = following[at]
             after = following[gone]
@@ -672,23 +625,20 @@ def share(*state: Any) -> None:
 
 
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
-              log: Log, step: int = 1) -> Iterator:
+              step: int = 1) -> Iterator:
     """function(ranges) for every `step` ranges of a file or fewer, in order, where SHARED is (path, shared)."""
-    if (size := os.path.getsize(path)) == 0:
+    from concurrent.futures import ProcessPoolExecutor          # here, for it would slow down every start
+    if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; give it some text")
     ranges, num_processes = list(file_ranges(path, special_tokens)), num_processes or os.cpu_count() or 1
     step = max(1, min(step, len(ranges) // num_processes))      # so that there is work for all
     jobs = [ranges[i:i + step] for i in range(0, len(ranges), step)]
-    num_processes = min(num_processes, len(jobs))
     share(path, shared)
-    pool = contextlib.nullcontext()
-    if num_processes > 1:
-        pool = concurrent.futures.ProcessPoolExecutor(num_processes, initializer=share, initargs=(path, shared))
-    with pool:
-        for job, result in zip(jobs, (pool.map if num_processes > 1 else map)(function, jobs)):
-            yield result
-            if log and 0 < 10 * job[0][0] // size < 10 * job[-1][1] // size:            # ten times at most
-                log(f"{function.__name__} | {job[-1][1]:,} of {size:,} bytes")
+    if min(num_processes, len(jobs)) == 1:
+        yield from map(function, jobs)
+    else:
+        with ProcessPoolExecutor(num_processes, initializer=share, initargs=(path, shared)) as pool:
+            yield from pool.map(function, jobs)
 
 
 def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], num_processes: int | None = None,
@@ -704,13 +654,15 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
     Example: train_bpe("corpus.txt", 10_000, ["<|endoftext|>"])
     """
     special = re.compile(special_pattern(special_tokens).encode())
-    path, num_merges, words = os.fspath(input_path), vocab_size - 256 - len(special_tokens), Counter()
+    num_merges, words = vocab_size - 256 - len(special_tokens), Counter()
     if overlapping := [(a, b) for a, b in itertools.permutations(special_tokens, 2) if a in b]:
         raise ValueError(f"special tokens overlap: %r is part of %r; leave one out of the training" % overlapping[0])
     if num_merges < 0:
         raise ValueError(f"vocab_size {vocab_size} is too small for {vocab_size - num_merges} bytes and special tokens")
-    for counts in over_file(count_words, path, special, special_tokens, num_processes, log, 24):
+    for counts in over_file(count_words, os.fspath(input_path), special, special_tokens, num_processes, 24):
         words.update(counts)
+    for token in special_tokens:
+        del words[token.encode()]
     merges = merge_words(words, num_merges, tie_key, log)
     if len(merges) < num_merges and log:
         log(f"stopped early: no pair is left after {len(merges):,} merges of {num_merges:,}")
@@ -724,17 +676,15 @@ def encode_range(ranges: list[tuple[int, int]]) -> np.ndarray:
     return tokenizer.encode_bytes(read_range(path, *ranges[0]))
 
 
-def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_processes: int | None = None,
-                log: Log = None) -> int:
+def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_processes: int | None = None) -> int:
     """Encodes a UTF-8 text file into a .npy of token ids, uint16 if the vocabulary fits and uint32 otherwise.
 
     Written whole or not at all. Returns: the number of tokens. Raises: ValueError for an empty file or one not UTF-8.
     """
-    path, total = os.fspath(text_path), 0
     with write_whole(npy_path) as f:
-        header = {"descr": tokenizer.dtype.str, "fortran_order": False, "shape": (0,)}
+        header, total = {"descr": tokenizer.dtype.str, "fortran_order": False, "shape": (0,)}, 0
         np.lib.format.write_array_header_1_0(f, header)         # with room for the length, not known yet
-        for ids in over_file(encode_range, path, tokenizer, tokenizer.special_tokens, num_processes, log):
+        for ids in over_file(encode_range, os.fspath(text_path), tokenizer, tokenizer.special_tokens, num_processes):
             total += f.write(ids) // ids.itemsize
         f.seek(0)
         np.lib.format.write_array_header_1_0(f, header | {"shape": (total,)})
@@ -754,11 +704,11 @@ def walk_through() -> None:
     for rank, (a, b) in enumerate(merge_words_plain(EXAMPLE, 6)):
         print(f"merge {rank}  {a.decode()} + {b.decode()}")
     text, encoder, rounds = b"It's lower,  the newest.", Tokenizer(EXAMPLE_VOCAB, EXAMPLE_MERGES).fast, []
-    data, starts = np.frombuffer(text, np.uint8), pretoken_starts(text, encoder.special)
-    ids, _ = encoder.merge(data, np.diff(starts, append=len(data)), rounds)
+    starts = pretoken_starts(text, encoder.special).tolist()
+    ids, _ = encoder.merge([text[i:j] for i, j in zip(starts, [*starts[1:], None])], rounds)
     print("text    ", text.decode())
-    print("classes ", "".join("?_ a1."[i] for i in classify(data)))
-    print("starts  ", "".join("^" if i in starts else " " for i in range(len(data))))
+    print("classes ", "".join("?_ a1."[i] for i in text.translate(BYTE_CLASS)))
+    print("starts  ", "".join("^" if i in starts else " " for i in range(len(text))))
     for i, row in enumerate(rounds):
         symbols = ("|" if id == GAP else EXAMPLE_VOCAB[id].decode() + "." for id in row.tolist() if id != GONE)
         print(f"round {i}  {''.join(symbols).replace('.|', '|')}")
@@ -780,8 +730,7 @@ def self_check(seed: int = 0) -> None:
 def bench(text: str | None, peer_python: str) -> None:
     """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table."""
     import subprocess                                           # here, for it would slow down every start
-    peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"
-    if not peers.exists():
+    if not (peers := Path(__file__).parent / "tests/fixtures/bpe_peers.py").exists():
         raise ValueError(f"{peers}, which runs the other libraries, is missing; train and encode print their own time")
     subprocess.run([peer_python, peers, "table", text or "", sys.executable, __file__], check=False)
 
@@ -799,7 +748,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--processes", type=int, help="default: all cores")
     add("--peer-python", default=sys.executable, help="bench: a python that has tiktoken, tokenizers and rustbpe")
     add("--seed", type=int, default=0)
-    args, began, log = parser.parse_args(argv), time.monotonic(), functools.partial(print, file=sys.stderr, flush=True)
+    args, began = parser.parse_args(argv), time.monotonic()
     try:
         if args.command is None:
             walk_through()
@@ -811,12 +760,13 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
         elif args.command == "train":
             special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
+            log = functools.partial(print, file=sys.stderr, flush=True)
             vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes, log)
             Tokenizer(vocab, merges, special).save(out)
             size = os.path.getsize(args.input)
             print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.monotonic() - began:.1f}s")
         elif args.command == "encode":
-            count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes, log)
+            count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes)
             size = os.path.getsize(args.input)
             print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in "
                   f"{time.monotonic() - began:.1f}s")

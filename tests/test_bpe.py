@@ -190,40 +190,41 @@ def test_fast_is_plain_on_random_unicode(seed):
 
 
 def test_words_are_told_apart_by_their_bytes():
-    """Numbers are the same exactly where the words are: of all lengths, alike at either end, one in another."""
-    rng, table, number_of = random.Random(6), bpe.KeyTable(), {}
+    """Words are found again exactly where they stand: of all lengths, alike at either end, one in another."""
+    rng, table = random.Random(6), bpe.Words()
     for _ in range(20):
         sizes = rng.choices((1, 7, 8, 9, 15, 16, 17, 24, 25, 33, 64, 65), k=300)
         words = [bytes(rng.choices(b"ab", k=size)) for size in sizes]
         words += [b"a" * n for n in range(1, 80)] + [b"\0" * n for n in range(1, 20)]
         words += [words[0] + b"x", words[0][8:] or b"y"]
         starts = np.cumsum([0, *map(len, words)])[:-1]
-        for word, number in zip(words, bpe.Words(table, b"".join(words), starts).numbers.tolist()):
-            assert number_of.setdefault(word, number) == number
-    assert len(set(number_of.values())) == len(number_of)
-    assert 0 < min(number_of.values()) and max(number_of.values()) < len(table.keys)
+        assert [table.words[i] for i in table.look_up(b"".join(words), starts).tolist()] == words
+    assert len(set(table.words)) == len(table.words)
+    assert sorted(table.numbers.tolist()) == list(range(len(table.keys)))               # one for each key, and it stays
 
 
 def test_numbers_of_pairs_do_not_run_into_each_other_nor_into_text():
-    table = bpe.KeyTable()
-    table.add(np.arange(1 << 60, (1 << 60) + (1 << 21), dtype=np.uint64))               # numbers of over 20 bits
+    table = bpe.Words()
+    table.keys = np.append(np.arange(1 << 60, (1 << 60) + (1 << 21), dtype=np.uint64), bpe.ONES)
+    table.numbers = np.arange(len(table.keys))                                          # numbers of over 20 bits
     words = [b"row%05d" % i + b"row%05d" % j for i in range(40) for j in range(40)]
     starts = 16 * np.arange(len(words))
-    numbers = bpe.Words(table, b"".join(words), starts).numbers
-    assert len(set(numbers.tolist())) == len(words)
-    left, right = bpe.Words(table, words[1], np.array([0, 8])).numbers.tolist()
+    places = table.look_up(b"".join(words), starts)
+    assert [table.words[i] for i in places.tolist()] == words and len(set(places.tolist())) == len(words)
+    eight = np.array([int.from_bytes(words[1][i:i + 8], "little") for i in (0, 8)], np.uint64)
+    left, right = table.numbers[np.searchsorted(table.keys, eight)].tolist()
     text = (left << 28 | right).to_bytes(8, "little")           # the eight bytes that would be the key of that pair
-    assert bpe.Words(table, text, np.array([0])).numbers[0] not in numbers
+    assert table.words[table.look_up(text, np.array([0]))[0]] == text
 
 
-def test_keys_that_want_one_slot_get_one_each(monkeypatch):
-    monkeypatch.setattr(bpe, "ODD", np.uint64(1))                                       # small keys all want slot 0
-    table, keys = bpe.KeyTable(), np.arange(1, 300, dtype=np.uint64)
-    table.add(keys[::2])
-    assert (table.find(keys)[0][::2] == np.arange(1, 151)).all() and not table.find(keys)[0][1::2].any()
-    numbers = table.number(keys)
-    assert len(set(numbers.tolist())) == len(keys) and (table.keys[numbers] == keys).all()
-    assert (table.number(keys) == numbers).all()
+def test_keys_that_want_one_slot_are_found_too(monkeypatch):
+    for factor in (bpe.ODD, np.uint64(1)):                                              # with 1, small keys want slot 0
+        monkeypatch.setattr(bpe, "ODD", factor)
+        keys = np.arange(1, 300, dtype=np.uint64)
+        index = bpe.Index(np.append(keys[::2], keys[10:1:-2]))                          # in any order, some twice
+        found = index.find(np.append(keys, bpe.ONES - np.uint64(1)))
+        assert (found[:-1:2] == np.arange(150)).all() and (index.keys[:-1] == keys[::2]).all()
+        assert (found[1::2] == index.missing).all() and found[-1] == index.missing == 150
 
 
 def test_tables_that_run_full_start_anew(monkeypatch):
@@ -231,9 +232,9 @@ def test_tables_that_run_full_start_anew(monkeypatch):
     monkeypatch.setattr(bpe.Tokenizer, "cache_size", 20)
     t, plain = tokenizer(), tokenizer()
     for text in STRINGS:
-        assert fast(t, text) == t.encode_plain(text) == plain.encode_plain(text)
+        assert t.encode_bytes(text.encode()).tolist() == t.encode_plain(text) == plain.encode_plain(text)
         assert len(t._cache) <= 20
-    assert len(t.fast.table.keys) < 300
+        assert len(t.fast.words.words) < 100
 
 
 def test_streaming_reads_no_further_than_it_must():
