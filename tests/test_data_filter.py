@@ -126,6 +126,7 @@ def test_content_length_rules_not_the_look_of_the_payload():
 
 @pytest.mark.parametrize("head, body, want", [
     ({"transfer-encoding": "chunked"}, b"3\r\nabc\r\n2;q=1\r\nde\r\n0\r\n\r\n", b"abcde"),
+    ({"transfer-encoding": "chunked"}, b"3\nabc\n2\nde\n0\n\n", b"abcde"),
     ({"transfer-encoding": "chunked"}, b"<p>stored plain", b"<p>stored plain"),
     ({"transfer-encoding": "chunked"}, b"ff\r\ncut", b"cut"),
     ({"x-crawler-transfer-encoding": "chunked"}, b"3\r\nabc\r\n0\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"),
@@ -152,7 +153,7 @@ def test_oversized_records_are_stepped_over():
     class Endless(io.RawIOBase):                                     # a record of 100 MiB that nobody could hold twice
         def __init__(self):
             head = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n" % (100 << 20)
-            self.parts = [head] + [bytes(1 << 20)] * 100 + [
+            self.parts = [head] + [b"x" * (1 << 20)] * 100 + [
                 b"\r\n\r\n", gzip.decompress(warc_record("http://a.test/", b"x"))]
 
         def read(self, n=-1):
@@ -192,7 +193,9 @@ def test_charset_order_and_tails():
     assert d.decode("né".encode(), "iso-8859-1") == "né"             # valid UTF-8 wins over a wrong header
     assert d.decode("né".encode()[:-1]) == "n" and d.decode("日本".encode()[:-1]) == "日"
     assert d.decode("né“x”".encode("cp1252"), "ISO-8859-1") == "né“x”"           # latin-1 means cp1252
+    assert d.decode(b"\x80\xe9 x", "us-ascii") == "€é x"             # and so does ASCII
     assert d.decode("囧中文".encode("gb18030"), "gb2312") == "囧中文"
+    assert d.decode("Привет".encode("mac_cyrillic"), "x-mac-cyrillic") == "Привет"
     assert d.decode(b"<meta charset=utf-16>\xe9 x") == "<meta charset=utf-16>\ufffd x"       # it was read as ASCII
     assert d.decode(b"\xff\xfe" + "né".encode("utf-16-le")) == "né" and d.decode(b"\xef\xbb\xbfx") == "x"
     assert d.decode("日本語".encode("iso2022_jp")) == "日本語"
@@ -220,6 +223,8 @@ def test_conventions():
     assert d.extract_text("a<!-- <p> -->b<![CDATA[ c > ]]>d") == "abd"
     assert d.extract_text("&eacute;&#233;&#xe9;&eacute &lt;b&gt; &amp;lt;") == "éééé <b> &lt;"
     assert d.extract_text("<pre>\n a\n  b</pre>c") == " a\n  b\nc"
+    assert d.extract_text("<pre>a  <br><br>  b</pre>") == "a  \n\n  b"
+    assert d.extract_text("x<datalist><option>a</datalist>b") == "xb"
     assert d.extract_text(b"<p>caf\xc3\xa9</p>\n\n") == "café"
 
 
@@ -328,6 +333,7 @@ def test_language_scores():
         assert 0 < score <= 1 and isinstance(code, str) and isinstance(score, float), text
     assert d.identify_language("12 ... 3")[0] == "und"
     assert d.identify_language("東京都の知事選挙の結果")[0] == "ja"   # few kana
+    assert d.identify_language("スーパーカー") == ("ja", 1.0)
     english = "The committee has not yet decided which of the proposals it will recommend to the members."
     assert d.identify_language(english) == ("en", pytest.approx(1, abs=0.02))
     assert d.identify_language(english + " 这是一个中文的句子，今天的天气很好，我们去公园。" * 2)[1] < 0.9      # mixed: less sure
