@@ -149,7 +149,7 @@ class Tokenizer:
     Example: Tokenizer({**{i: bytes([i]) for i in range(256)}, 256: b"hi"}, [(b"h", b"i")]).encode("hi!") -> [256, 33]
     """
     cache_size = 1 << 17                                        # words remembered; then the cache starts anew
-    fast_from = 1 << 11                                         # characters from which whole chunks pay
+    fast_from = 1 << 13                                         # characters from which whole chunks pay
     added: dict[str, dict] = {}                                 # what a file said of its added tokens, and what comes
     post_processor: dict | None = None                          # after encoding: kept for save()
 
@@ -166,7 +166,7 @@ class Tokenizer:
         ascii_only = PATTERNS[pattern].replace(r"\p{L}\p{N}]", "A-Za-z0-9]")            # re is twice as fast as regex
         ascii_only = ascii_only.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]")
         self._ascii_words = re.compile(ascii_only, re.ASCII)
-        self._special, self.special_tokens = re.compile(special_pattern(special_tokens)), {}
+        self._special, self.special_tokens = re.compile(f"({special_pattern(special_tokens)})"), {}
         appended = itertools.count(max(self.vocab) + 1)
         for token in special_tokens:
             self.special_tokens[token] = i = ids[token.encode()] if token.encode() in ids else next(appended)
@@ -203,21 +203,20 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Cuts at the special tokens, then into pre-tokens, and merges those that are not remembered."""
-        ids, position, cache = [], 0, self._cache
-        for match in itertools.chain(self._special.finditer(text), [None]):
-            ordinary = text[position:match.start() if match else None]
-            if self.normalize and not ordinary.isascii():
-                ordinary = unicodedata.normalize(self.normalize, ordinary)
-            for word in (self._ascii_words if ordinary.isascii() else self._words).findall(ordinary):
+        ids, cache = [], self._cache
+        for i, piece in enumerate(self._special.split(text)):
+            if i % 2:                                           # every second piece is a special token
+                ids.append(self.special_tokens[piece])
+                continue
+            if self.normalize and not piece.isascii():
+                piece = unicodedata.normalize(self.normalize, piece)
+            for word in (self._ascii_words if piece.isascii() else self._words).findall(piece):
                 known = cache.get(word)
                 if known is None:
                     if len(cache) >= self.cache_size:
                         cache.clear()
                     known = cache[word] = self.merge_word(word.encode())
                 ids += known
-            if match:
-                ids.append(self.special_tokens[match.group()])
-                position = match.end()
         return ids
 
     def merge_word(self, word: bytes) -> list[int]:
@@ -253,9 +252,9 @@ class Tokenizer:
         """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line), tokens as byte_to_unicode has them."""
         with explained(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt"):
             lines = Path(merges_path).read_text("utf-8").split("\n")
-            lines = [line for line in lines if line and not line.startswith("#version")]
-            vocab, clear = json.loads(Path(vocab_path).read_bytes()), ["<|endoftext|>", *(special_tokens or [])]
-            return cls(*from_printable(vocab, lines, clear), special_tokens)
+            pairs = [line for line in lines if line and not line.startswith("#version")]
+            clear = ["<|endoftext|>", *(special_tokens or [])]
+            return cls(*from_printable(json.loads(Path(vocab_path).read_bytes()), pairs, clear), special_tokens)
 
     @classmethod
     def from_file(cls, tokenizer_json: Source) -> "Tokenizer":
