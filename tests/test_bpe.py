@@ -157,6 +157,10 @@ def test_overlapping_and_odd_special_tokens(special):
     pieces = [*special, *special, "a", "X", "'", "l", " the", "\n", "x", "|", "é", "'re", "'ve", "'ll"]
     for _ in range(300):
         text = "".join(rng.choices(pieces, k=12))
+        ends = [*bpe.pretoken_starts(text.encode(), t.fast.special).tolist(), None]
+        words = [[piece] if i % 2 else regex.findall(bpe.PATTERNS["gpt2"], piece)
+                 for i, piece in enumerate(t._special.split(text))]
+        assert [text.encode()[i:j].decode() for i, j in zip(ends, ends[1:])] == sum(words, []), repr(text)
         ids = t.encode_plain(text)
         streamed = list(t.encode_iterable(random_cuts(text, rng), rng.choice((1, 5, 9))))
         assert ids == fast(t, text) == streamed, repr(text)
