@@ -75,8 +75,6 @@ class ModelConfig:
                           rope_scaling=tuple(self.rope_scaling))               # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE turns pairs, so head_dim must be even, got {self.head_dim}")
 
 # ------------------------------------------------------------------------------------------------------------ layers
 class Linear(nn.Module):
@@ -138,7 +136,7 @@ class RotaryPositionalEmbedding(nn.Module):
     def __init__(self, theta: float, d_k: int, max_seq_len: int, layout: str = "interleaved", scaling: tuple = ()):
         super().__init__()
         if d_k % 2:
-            raise ValueError(f"RoPE turns pairs, so d_k must be even, got {d_k}")
+            raise ValueError(f"RoPE turns pairs, so d_k, the width of a head, must be even, got {d_k}")
         frequencies = theta ** (-torch.arange(0, d_k, 2, device="cpu").double() / d_k)      # the same on every device
         if scaling:          # waves shorter than original/high stay, longer than original/low slow down by the factor
             factor, low, high, original = scaling
@@ -197,7 +195,7 @@ class CausalSelfAttention(nn.Module):
     num_kv_heads, head_dim, qk_norm, ... of ModelConfig. attend (of a call): KVCache.attend, to see earlier tokens."""
     def __init__(self, d_model: int, num_heads: int, *, rope: nn.Module | None = None, attention=None, **switches):
         super().__init__()
-        c = ModelConfig(**{"d_model": d_model, "num_heads": num_heads, "positions": "none"} | switches)
+        c = ModelConfig(d_model=d_model, num_heads=num_heads, **switches)
         self.head_dim, self.rope, self.attention = c.head_dim, rope, attention or plain_attention
         self.q_proj = Linear(d_model, num_heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -750,9 +748,11 @@ def bench(device: str) -> None:
     h, w = (torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in ((N, D), (V, D)))
     y, run = torch.randint(V, (N,), device=device), lambda loss: torch.autograd.grad(loss(h, w, y), (h, w))
     for name, loss in ways.items():
-        run(loss)
-        before = torch.cuda.memory_allocated() if cuda and torch.cuda.reset_peak_memory_stats() is None else 0
-        time = Timer("run(loss)", globals={"run": run, "loss": loss}).blocked_autorange(min_run_time=1.0)
+        run(loss)                                                # warm-up: compiles
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        before, timer = torch.cuda.memory_allocated(), Timer("run(loss)", globals={"run": run, "loss": loss})
+        time = timer.blocked_autorange(min_run_time=1.0)
         peak = f", {(torch.cuda.max_memory_allocated() - before) / 1e6:.0f} MB" if cuda else ""
         print(f"{name:22s} {time.median * 1e3:9.2f} ms (iqr {time.iqr * 1e3:.2f}), "
               f"{6 * N * V * D / time.median / 1e12:.2f} TFLOP/s{peak}", flush=True)

@@ -829,13 +829,16 @@ def test_configs_that_cannot_be():
     for changes, word in [({"d_model": 25, "head_dim": None}, "divide"), ({"num_kv_heads": 3}, "multiple"),
                           ({"num_layers": 0}, "num_layers"), ({"vocab_size": -1}, "vocab_size"),
                           ({"norm": "layer"}, "norm"),
-                          ({"ffn": "gelu"}, "ffn"), ({"positions": "alibi"}, "positions"), ({"head_dim": 5}, "even"),
+                          ({"ffn": "gelu"}, "ffn"), ({"positions": "alibi"}, "positions"),
                           ({"rope_layout": "quarter"}, "rope_layout"), ({"d_ff": 0}, "d_ff")]:
         with pytest.raises(ValueError, match=word):
             replace(TINY, **changes)
     assert ModelConfig(**json.loads(json.dumps(asdict(TINY)))) == TINY
     with pytest.raises(ValueError, match="divide"):
         M.CausalSelfAttention(10, 3)
+    with pytest.raises(ValueError, match="even"):
+        small(head_dim=5)
+    assert small(head_dim=5, positions="none")(token_ids(1, 3)).shape == (1, 3, 37)
 
 
 def test_tokens_that_cannot_be():
