@@ -48,7 +48,6 @@ class Stop(Exception):
         super().__init__(message)
         self.code = code
 
-
 # ------------------------------------------------------------------------------ 1. text, tokens, windows
 
 @contextlib.contextmanager
@@ -132,7 +131,6 @@ def windows_at(tokens: np.ndarray, starts: np.ndarray, context_length: int,
     batch = batch.to(device, non_blocking=True)
     return batch[:, :-1], batch[:, 1:]                                                                     # (B, T) each
 
-
 # ------------------------------------------------------------------------------ 2. checkpoints
 
 def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, step: int,
@@ -183,7 +181,6 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Mo
             raise ValueError(f"{name} holds another optimizer's state ({error}); resume with that one") from None
     model.load_state_dict(state["model"])
     return state["step"]
-
 
 # ------------------------------------------------------------------------------ 3. the loop
 
@@ -246,12 +243,11 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
     Returns: (2,) on the device: mean loss over the whole job's targets in nats, gradient norm before clipping.
     """
     optimizer.zero_grad(set_to_none=True)
-    loss = torch.zeros((), device=batch[0][0].device)
+    loss, low = torch.zeros((), device=batch[0][0].device), config.precision == "autocast"
     for i, (x, y) in enumerate(batch):
         quiet = parallel is not None and i + 1 < len(batch)              # gradients travel after the last one only
         with parallel.no_sync() if quiet else contextlib.nullcontext():
-            low = torch.autocast(x.device.type, torch.bfloat16, enabled=config.precision == "autocast")
-            with phase("forward"), low:
+            with phase("forward"), torch.autocast(x.device.type, torch.bfloat16, enabled=low):
                 part = loss_fn(model, x, y) / len(batch)                 # the parts' sum is the mean over all targets
             with phase("backward"):
                 part.backward()
@@ -286,8 +282,9 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     Args: train_tokens, valid_tokens (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
     schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping. parallel: the
     ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks. run_dir: takes last.pt and log.jsonl;
-    None writes nothing. resume: go on from run_dir/last.pt if it is there. more_state: goes into every checkpoint (the
-    model's configuration, say). sample() -> text to show. bytes_per_token: of the evaluation windows, for bits a byte.
+    None writes nothing. resume: go on from run_dir/last.pt if it is there; a run that does not renames it previous.pt.
+    more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show. bytes_per_token:
+    of the evaluation windows, for the loss in bits a byte, which no tokenizer can flatter.
     Returns: train_loss and valid_loss (nats per token), bits_per_byte, tokens, seconds, tokens_per_second.
     Raises: Stop for a loss or gradient norm that is not finite, and on SIGTERM or Ctrl-C, after saving; OSError for a
     checkpoint that cannot be written (the one before is kept); ValueError for a batch that does not divide.
@@ -317,6 +314,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
         first = saved = state["step"]
         seconds_before = state["seconds"]
         log(f"resumed from {last} at step {first}")
+    elif last and last.exists() and rank == 0:            # another run's: no restart may take it for one of this run
+        os.replace(last, last.with_name("previous.pt"))
     journal = cut_journal(last.with_name("log.jsonl"), first) if last and rank == 0 else None
     began = time.perf_counter() - seconds_before
 
@@ -371,7 +370,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
                        step=done, loss=loss, lr=rate, gnorm=norm, tokens_per_second=speed, memory=memory)
             if due(config.eval_every):
                 valid = evaluate(model, loss_fn, valid_tokens, starts, T, micro, config.precision)
-                bits = bits_per_byte(valid, bytes_per_token)
+                bits = valid / math.log(2) / bytes_per_token if bytes_per_token else None
                 report(f"valid {valid:.3f} nats/token" + (f" | {bits:.3f} bits/byte" if bits else ""),
                        step=done, valid_loss=valid, bits_per_byte=bits, seconds=time.perf_counter() - began)
             if sample and rank == 0 and config.sample_every and done % config.sample_every == 0 and done < config.steps:
@@ -394,10 +393,6 @@ def largest_of_ranks(number: int, device: torch.device) -> int:
     number = torch.tensor(number, device=device)
     torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
     return number.item()
-
-def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float | None:
-    """The loss in a unit that no tokenizer can flatter; None where the bytes are not known."""
-    return nats_per_token / math.log(2) / bytes_per_token if bytes_per_token else None
 
 def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) -> list[float]:
     """Waits for the device, empties `recent` and returns its newest [loss, norm].
@@ -427,7 +422,6 @@ def memory_in_use(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     import resource                                       # not on Windows
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
 
 # ------------------------------------------------------------------------------ 4. putting it together
 
@@ -678,7 +672,6 @@ def explain(setup: Setup) -> None:
   memory    {16 * count / 1e6:.0f} MB for weights, gradients and AdamW's two moments in fp32; activations come on top
   run       {c.steps} steps = {c.steps * tokens:,} tokens, {c.steps * tokens / count:.1f} a parameter""")
 
-
 # ------------------------------------------------------------------------------ 5. how fast, and why
 
 def bench(setup: Setup) -> None:
@@ -719,13 +712,7 @@ def bench(setup: Setup) -> None:
             torch.cuda.reset_peak_memory_stats()
         if args.memory_snapshot:
             torch.cuda.memory._record_memory_history()
-        try:
-            times = measure(one, cuda, args.warmup, args.repeats)
-        except torch.OutOfMemoryError:
-            if ranks > 1:                                 # the others wait for this one
-                raise
-            say(f"{mode:17s} out of memory: lower --batch-size, or raise --recompute")
-            continue
+        times = measure(one, cuda, args.warmup, args.repeats)
         seconds = np.median(times)
         rate = causal * (1 if mode == "forward" else 3) / seconds
         say(f"{mode:17s} {np.mean(times) * 1e3:9.2f} {np.std(times) * 1e3:7.2f} {seconds * 1e3:9.2f} "
@@ -825,6 +812,9 @@ def act(args: argparse.Namespace) -> int:
     except (Stop, ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return getattr(error, "code", 2)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: {error}\ntrain.py: lower --micro-batch-size, or raise --recompute", file=sys.stderr)
+        return 1
     return 0
 
 

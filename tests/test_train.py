@@ -119,11 +119,6 @@ def test_evaluate_is_the_mean_over_all_windows():
     assert loss == pytest.approx(whole.item(), abs=1e-6)
 
 
-def test_bits_per_byte_by_hand():
-    assert train.bits_per_byte(math.log(2) * 3, 4.0) == pytest.approx(0.75)
-    assert train.bits_per_byte(1.0, 0.0) is None
-
-
 def test_learns_what_can_be_learned():
     """0, 1, ..., 10, 0, 1, ...: the next token is certain, so the loss must come near 0 from ln 11 = 2.4."""
     data = (np.arange(2000) % 11).astype(np.uint16)
@@ -203,6 +198,18 @@ def test_the_record_of_a_run(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_a_new_run_sets_an_older_runs_checkpoint_aside(tmp_path):
+    """Else a restart before the first checkpoint would go on from it."""
+    config = train.TrainConfig(steps=2, batch_size=2, context_length=5)
+    quiet(*bigram(), tokens(), config, run_dir=tmp_path)
+
+    def broken(model, x, y):
+        raise RuntimeError("no step was made")
+    with pytest.raises(RuntimeError, match="no step"):
+        quiet(*bigram(), tokens(), config, run_dir=tmp_path, loss_fn=broken)
+    assert not (tmp_path / "last.pt").exists() and train.read_checkpoint(tmp_path / "previous.pt")["step"] == 2
+
 
 def test_checkpoint_round_trip_by_path_and_file(tmp_path):
     model, optimizer = bigram()
