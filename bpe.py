@@ -10,7 +10,6 @@ Deviations: ties go to the greater pair of byte strings (the papers leave it ope
             or a number, the regex module says; code points that are not assigned yet may differ in other libraries.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
-            ...
             text     It's lower,  the newest.
             starts   ^ ^ ^     ^^^   ^      ^
             ...
@@ -150,8 +149,7 @@ class Tokenizer:
     """
     cache_size = 1 << 17                                        # words remembered; then the cache starts anew
     fast_from = 1 << 13                                         # characters from which whole chunks pay
-    added: dict[str, dict] = {}                                 # what a file said of its added tokens, and what comes
-    post_processor: dict | None = None                          # after encoding: kept for save()
+    document: dict | None = None                                # of the file that it was read from
 
     def __init__(self, vocab: dict[int, bytes], merges: list[Pair], special_tokens: list[str] | None = None, *,
                  pattern: str = "gpt2", ignore_merges: bool = False, normalize: str | None = None):
@@ -279,24 +277,23 @@ class Tokenizer:
             vocab.update({token["id"]: content.encode() for content, token in added.items()})
             tokenizer = cls(vocab, merges, list(added), pattern=pattern, normalize=normalize,
                             ignore_merges=bool(model.get("ignore_merges")))
-        tokenizer.added, tokenizer.post_processor = added, document.get("post_processor")
+        tokenizer.document = document
         return tokenizer
 
     def save(self, tokenizer_json: Source) -> None:
-        """Writes a Hugging Face tokenizer.json, which `tokenizers`, `transformers` and vLLM load."""
+        """Writes a tokenizer.json that `tokenizers`, `transformers` and vLLM load. One that was read stays as it was."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": PATTERNS[self.pattern]}, "behavior": "Isolated", "invert": False}
         steps = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         text = {token: token.decode("latin-1").translate(byte_to_unicode()) for token in self.vocab.values()}
         names = {i: text[token] for i, token in self.vocab.items()} | {i: s for s, i in self.special_tokens.items()}
-        document = {
-            "version": "1.0", "truncation": None, "padding": None, "decoder": byte_level,
-            "added_tokens": [{"id": i, "content": names[i], **flags, **self.added.get(names[i], {})}
-                             for i in sorted(self.special_tokens.values())],
+        added = [{"id": i, "content": names[i], **flags} for i in sorted(self.special_tokens.values())]
+        document = self.document or {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "decoder": byte_level,
             "normalizer": {"type": self.normalize} if self.normalize else None,
             "pre_tokenizer": byte_level if self.pattern == "gpt2" else steps,
-            "post_processor": self.post_processor or byte_level | {"trim_offsets": False},
+            "post_processor": byte_level | {"trim_offsets": False},
             "model": {**dict.fromkeys((*UNSET, "unk_token")), "type": "BPE", "fuse_unk": False, "byte_fallback": False,
                       "ignore_merges": self.ignore_merges, "vocab": {names[i]: i for i in sorted(names)},
                       "merges": [f"{text[a]} {text[b]}" for a, b in self.merges]}}
@@ -468,7 +465,7 @@ class Words:
 
 def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
     """count_words_plain for some ranges of a file, special tokens too: a process's share of train_bpe."""
-    path, special = SHARED
+    path, special = count_words.shared
     words, counts = Words(), np.zeros(0, np.int64)
     for raw in (read_range(path, *stretch) for stretch in ranges):
         places = words.look_up(raw, pretoken_starts(raw, special))
@@ -617,26 +614,21 @@ class FastEncoder:
 
 # ---- Whole files -----------------------------------------------------------------------------------------------------
 
-def share(*state: Any) -> None:
-    """Gives a process what all its jobs need, once."""
-    global SHARED
-    SHARED = state
-
-
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
               step: int = 1) -> Iterator:
-    """function(ranges) for every `step` ranges of a file or fewer, in order, where SHARED is (path, shared)."""
+    """function(ranges) for every `step` ranges of a file or fewer, in order. It finds (path, shared) in its .shared."""
     from concurrent.futures import ProcessPoolExecutor          # here, for it would slow down every start
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; give it some text")
     ranges, num_processes = list(file_ranges(path, special_tokens)), num_processes or os.cpu_count() or 1
     step = max(1, min(step, len(ranges) // num_processes))      # so that there is work for all
     jobs = [ranges[i:i + step] for i in range(0, len(ranges), step)]
-    share(path, shared)
+    share = function, "shared", (path, shared)                  # once a process
     if min(num_processes, len(jobs)) == 1:
+        setattr(*share)
         yield from map(function, jobs)
     else:
-        with ProcessPoolExecutor(num_processes, initializer=share, initargs=(path, shared)) as pool:
+        with ProcessPoolExecutor(num_processes, initializer=setattr, initargs=share) as pool:
             yield from pool.map(function, jobs)
 
 
@@ -671,7 +663,7 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
 
 def encode_range(ranges: list[tuple[int, int]]) -> np.ndarray:
     """The ids of one range of a file: a process's share of encode_file."""
-    path, tokenizer = SHARED
+    path, tokenizer = encode_range.shared
     return tokenizer.encode_bytes(read_range(path, *ranges[0]))
 
 

@@ -123,10 +123,15 @@ def test_llama3_and_qwen2_files_encode_as_tokenizers_does(name, tmp_path):
 
 def test_saved_file_says_what_the_file_of_tokenizers_says(tmp_path):
     for name in ("llama3", "qwen2"):
-        theirs = json.loads((FIXTURES / f"bpe_{name}.json").read_text())
-        bpe.Tokenizer.from_file(FIXTURES / f"bpe_{name}.json").save(tmp_path / "ours.json")
-        ours = json.loads((tmp_path / "ours.json").read_text())
-        assert ours["added_tokens"] == theirs["added_tokens"] and ours["normalizer"] == theirs["normalizer"]
+        theirs, read = FIXTURES / f"bpe_{name}.json", bpe.Tokenizer.from_file(FIXTURES / f"bpe_{name}.json")
+        read.save(tmp_path / "ours.json")
+        assert json.loads((tmp_path / "ours.json").read_text()) == json.loads(theirs.read_text())
+        again = bpe.Tokenizer(read.vocab, read.merges, list(read.special_tokens), pattern=read.pattern,
+                              ignore_merges=read.ignore_merges, normalize=read.normalize)
+        again.save(tmp_path / "ours.json")                      # this time without the file before its eyes
+        ours, theirs = json.loads((tmp_path / "ours.json").read_text()), json.loads(theirs.read_text())
+        assert ours["added_tokens"] == [{**token, "special": True} for token in theirs["added_tokens"]]
+        assert ours["normalizer"] == theirs["normalizer"]
         assert ours["pre_tokenizer"]["pretokenizers"][0] == theirs["pre_tokenizer"]["pretokenizers"][0]
         assert [merge.split(" ") for merge in ours["model"]["merges"]] == theirs["model"]["merges"]
         assert theirs["model"]["vocab"].items() <= ours["model"]["vocab"].items()
