@@ -281,7 +281,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, tokenizer_json: Source) -> None:
-        """Writes a tokenizer.json that `tokenizers`, `transformers` and vLLM load. One that was read stays as it was."""
+        """Writes a tokenizer.json that `tokenizers`, `transformers`, vLLM load; one that was read stays as it was."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         split = {"type": "Split", "pattern": {"Regex": PATTERNS[self.pattern]}, "behavior": "Isolated", "invert": False}
         steps = {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]}
@@ -354,9 +354,8 @@ CONTRACTION[list(b"lvr"), list(b"lee")] = 2
 
 def classify(code_points: np.ndarray) -> np.ndarray:
     """The class of each character, as the pattern sees it: the regex module is asked once for each."""
-    if (new := code_points[CLASS_OF[code_points] == UNKNOWN]).size:
-        for i in set(new.tolist()):
-            CLASS_OF[i] = regex.match(r"(?s)( )|(\s)|(\p{L})|(\p{N})|(.)", chr(i)).lastindex
+    for i in set(code_points[CLASS_OF[code_points] == UNKNOWN].tolist()):
+        CLASS_OF[i] = regex.match(r"(?s)( )|(\s)|(\p{L})|(\p{N})|(.)", chr(i)).lastindex
     return CLASS_OF[code_points]
 
 
@@ -494,7 +493,7 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
     count, and `places` where it was seen, both upper bounds (new places come with new symbols only): a pair that is
     popped is counted again. Pairs rarer than `floor` are left out until the heap is empty; then all are taken anew.
     """
-    symbol = in_a_row(word_counts)
+    symbol = in_a_row(word_counts)                              # and the count of the word in which it stands:
     weight = np.array([0, *word_counts.values()])[np.cumsum(symbol == GAP) % (len(word_counts) + 1)]
     following = np.arange(1, len(symbol) + 1)
     preceding = following - 2
@@ -521,7 +520,7 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
     while len(merges) < num_merges:
         if not heap:
             floor = 0
-            remember(np.flatnonzero(symbol >= 0))
+            remember(np.flatnonzero(symbol >= 0))               # neither GAP nor GONE
             if not heap:
                 break
         bound, key, (left, right) = heapq.heappop(heap)
