@@ -247,7 +247,7 @@ class TransformerLM(nn.Module):
             self.token_embeddings.weight = self.lm_head.weight   # with the head's small init: logits start near 0
 
     def hidden(self, token_ids: Tensor, token_positions: Tensor | None = None, cache=None) -> Tensor:
-        """The stream after ln_final, (B, T, D): what lm_head, or linear_cross_entropy, turns into scores.
+        """The stream after ln_final, (B, T, D): lm_head or linear_cross_entropy make scores of it. cache: a KVCache.
         Raises: ValueError for more tokens than context_length, and (on a CPU) for ids outside the vocabulary."""
         T, longest = token_ids.shape[-1], self.config.context_length
         if token_positions is None and T > longest:
