@@ -10,8 +10,6 @@ Deviations: ties go to the greater pair of byte strings (the papers leave it ope
             or a number, the regex module says; code points that are not assigned yet may differ in other libraries.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
-            text     It's lower,  the newest.
-            starts   ^ ^ ^     ^^^   ^      ^
             ...
             fast = plain = known merges, there and back  OK
 """
@@ -47,7 +45,6 @@ PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|
 # between a line and the next, before a space or tab. (?r) searches from the end.
 CUT = r"(?r)(?<=[\p{L}\p{N}])(?=[\p{P}\p{S}\s])|(?<=\S\n)(?=\S)|(?<=\S)(?=[ \t])"
 
-
 def special_pattern(special_tokens: Iterable[str]) -> str:
     """A pattern for any of the special tokens, the longest that fits first: of "<a>" and "<a><a>", the latter."""
     tokens = list(special_tokens)
@@ -55,12 +52,10 @@ def special_pattern(special_tokens: Iterable[str]) -> str:
         raise ValueError(f"special tokens must be a list of different, non-empty strings, got {special_tokens!r}")
     return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"           # (?!) never matches
 
-
 def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
-    """The last place seen where raw can be cut so that each side gives the ids that it gives in the whole; else 0.
+    """The last place where raw, a part of any text, can be cut so that each side gives its ids in the whole; else 0.
 
-    A special token or a pre-token starts there, whatever the pattern, and the characters on both sides are neighbours
-    in no special token. Holds for any text before and after raw, which may start and end within a character.
+    A special token or a pre-token starts there, and no special token has the characters on both sides as neighbours.
     """
     tail = raw[-WINDOW:].lstrip(bytes(range(0x80, 0xC0)))       # from the first byte of a character on
     text = tail.decode("utf-8", "ignore")
@@ -68,7 +63,6 @@ def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
         if not any(text[match.start() - 1:match.start() + 1] in token for token in special_tokens):
             return len(raw) - len(tail) + len(text[:match.start()].encode())
     return 0
-
 
 def file_ranges(path: str, special_tokens: Iterable[str]) -> Iterator[tuple[int, int]]:
     """Stretches (start, end) of about CHUNK bytes into which a file can be cut; reads a window at each end only."""
@@ -80,7 +74,6 @@ def file_ranges(path: str, special_tokens: Iterable[str]) -> Iterator[tuple[int,
                 cuts.add(start + cut)
     return itertools.pairwise(sorted(cuts | {size}))
 
-
 def read_range(path: str, start: int, end: int) -> bytes:
     """A stretch of a file. Raises: ValueError where it is not UTF-8."""
     with open(path, "rb") as f:
@@ -89,10 +82,9 @@ def read_range(path: str, start: int, end: int) -> bytes:
     try:
         raw.isascii() or raw.decode()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset {start + e.start}; convert it "
-                         f"(iconv -t utf-8) or leave it out") from None
+        where = f"byte 0x{raw[e.start]:02x} at offset {start + e.start}"
+        raise ValueError(f"{path} is not UTF-8: {where}; convert it (iconv -t utf-8) or leave it out") from None
     return raw
-
 
 # ---- Training, plain -------------------------------------------------------------------------------------------------
 
@@ -103,7 +95,6 @@ def count_words_plain(path: str, special_tokens: list[str]) -> dict[bytes, int]:
         for document in re.split(special_pattern(special_tokens), read_range(path, start, end).decode()):
             counts.update(regex.findall(PATTERNS["gpt2"], document))
     return {word.encode(): count for word, count in counts.items()}
-
 
 def merge_words_plain(word_counts: dict[bytes, int], num_merges: int) -> list[Pair]:
     """arXiv:1508.07909, Algorithm 1: joins the most frequent pair of neighbours, of several the greatest, again.
@@ -127,7 +118,6 @@ def merge_words_plain(word_counts: dict[bytes, int], num_merges: int) -> list[Pa
             symbols[:] = filter(None, symbols)
     return merges
 
-
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
 
 @functools.cache
@@ -135,8 +125,7 @@ def byte_to_unicode() -> dict[int, str]:
     """GPT-2's way to write bytes as printable characters: visible Latin-1 as itself, the others from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [b for b in range(256) if b not in visible]
-    return {**{b: chr(b) for b in visible}, **{b: chr(256 + i) for i, b in enumerate(hidden)}}
-
+    return dict(zip(visible + hidden, map(chr, [*visible, *range(256, 512)])))
 
 class Tokenizer:
     """Text to token ids and back.
@@ -149,7 +138,9 @@ class Tokenizer:
     """
     cache_size = 1 << 17                                        # words remembered; then the cache starts anew
     fast_from = 1 << 13                                         # characters from which whole chunks pay
-    document: dict | None = None                                # of the file that it was read from
+    document: dict | None = None                                # of the tokenizer.json that it was read from
+    unset = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")      # and more, in a tokenizer.json
+    unsupported = (*unset, "add_prefix_space", "invert", "byte_fallback", "lstrip", "rstrip", "single_word")
 
     def __init__(self, vocab: dict[int, bytes], merges: list[Pair], special_tokens: list[str] | None = None, *,
                  pattern: str = "gpt2", ignore_merges: bool = False, normalize: str | None = None):
@@ -161,9 +152,8 @@ class Tokenizer:
             self.ranks = {(ids[a], ids[b]): (rank, ids[a + b]) for rank, (a, b) in enumerate(merges)}
         with explained(f"pattern must be one of {', '.join(PATTERNS)}"):
             self._words, self._cache = regex.compile(PATTERNS[pattern]), {}
-        ascii_only = PATTERNS[pattern].replace(r"\p{L}\p{N}]", "A-Za-z0-9]")            # re is twice as fast as regex
-        ascii_only = ascii_only.replace(r"\p{L}", "[A-Za-z]").replace(r"\p{N}", "[0-9]")
-        self._ascii_words = re.compile(ascii_only, re.ASCII)
+        ascii_only = PATTERNS[pattern].replace(r"\p{L}\p{N}]", "A-Za-z0-9]").replace(r"\p{L}", "[A-Za-z]")
+        self._ascii_words = re.compile(ascii_only.replace(r"\p{N}", "[0-9]"), re.ASCII)        # twice as fast as regex
         self._special, self.special_tokens = re.compile(f"({special_pattern(special_tokens)})"), {}
         appended = itertools.count(max(self.vocab) + 1)
         for token in special_tokens:
@@ -218,17 +208,13 @@ class Tokenizer:
         return ids
 
     def merge_word(self, word: bytes) -> list[int]:
-        """Joins the pair that was learnt first, again and again, until none of the neighbours was ever joined.
-
-        The pairs wait on a heap, by rank and place; links lead from each symbol to its neighbours, over those that are
-        gone. So a word of n bytes takes time n log n.
-        """
+        """Joins the pair that was learnt first, again and again, until no neighbours are left that were ever joined."""
         if self.ignore_merges and word in self.token_id:
             return [self.token_id[word]]
         ids, ranks, end = [*map(self.byte_id.__getitem__, word), -1], self.ranks, len(word)           # -1: no symbol
-        after, before = [*range(1, end + 1), end], [*range(-1, end)]
+        after, before = [*range(1, end + 1), end], [*range(-1, end)]        # links that lead over those that are gone
         heap = [(ranks[pair], i, pair) for i, pair in enumerate(zip(ids, ids[1:])) if pair in ranks]
-        heapq.heapify(heap)
+        heapq.heapify(heap)                                     # so n bytes take time n log n
         while heap:
             (_, new), i, pair = heapq.heappop(heap)
             gone = after[i]
@@ -249,34 +235,30 @@ class Tokenizer:
     def from_files(cls, vocab_path: Source, merges_path: Source, special_tokens: list[str] | None = None):
         """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line), tokens as byte_to_unicode has them."""
         with explained(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt"):
-            lines = Path(merges_path).read_text("utf-8").split("\n")
+            vocab, lines = json.loads(Path(vocab_path).read_bytes()), Path(merges_path).read_text("utf-8").split("\n")
             pairs = [line for line in lines if line and not line.startswith("#version")]
-            clear = ["<|endoftext|>", *(special_tokens or [])]
-            return cls(*from_printable(json.loads(Path(vocab_path).read_bytes()), pairs, clear), special_tokens)
+            return cls(*from_printable(vocab, pairs, ["<|endoftext|>", *(special_tokens or [])]), special_tokens)
 
     @classmethod
     def from_file(cls, tokenizer_json: Source) -> "Tokenizer":
-        """Reads a Hugging Face tokenizer.json of a byte-level BPE with GPT-2's, Llama 3's or Qwen2's pattern.
-
-        Encodes as `tokenizers` does with add_special_tokens=False. Raises: ValueError naming what cannot be honoured.
-        """
+        """Reads a byte-level BPE, to encode as `tokenizers` does with add_special_tokens=False. Raises: ValueError."""
         with explained(f"{os.fspath(tokenizer_json)} is no tokenizer.json of a byte-level BPE that can be read"):
             document = json.loads(Path(tokenizer_json).read_bytes())
-            model, steps = document["model"], document["pre_tokenizer"]
-            steps = steps.get("pretokenizers", [steps])
+            model, first = document["model"], document["pre_tokenizer"]
+            steps = first.get("pretokenizers", [first])
             splits = [PATTERNS["gpt2"] if step["type"] == "ByteLevel" else step["pattern"]["Regex"]
                       for step in steps if step.get("use_regex", True)]
             pattern = next((name for name in PATTERNS if splits == [PATTERNS[name]]), None)
             added = {token["content"]: token for token in document.get("added_tokens") or []}
             normalize = (document.get("normalizer") or {}).get("type")
             odd = [f"{key} = {part[key]!r}" for part in (model, *added.values(), *steps) for key in part
-                   if part[key] and key in UNSUPPORTED]
+                   if part[key] and key in cls.unsupported]
             if odd or not pattern or normalize not in (None, "NFC"):
                 raise ValueError(f"it splits by {splits}, normalizes by {normalize}, sets {odd}")
             vocab, merges = from_printable(model["vocab"], model["merges"], added)
             vocab.update({token["id"]: content.encode() for content, token in added.items()})
-            tokenizer = cls(vocab, merges, list(added), pattern=pattern, normalize=normalize,
-                            ignore_merges=bool(model.get("ignore_merges")))
+            whole = bool(model.get("ignore_merges"))
+            tokenizer = cls(vocab, merges, list(added), pattern=pattern, ignore_merges=whole, normalize=normalize)
         tokenizer.document = document
         return tokenizer
 
@@ -294,16 +276,12 @@ class Tokenizer:
             "normalizer": {"type": self.normalize} if self.normalize else None,
             "pre_tokenizer": byte_level if self.pattern == "gpt2" else steps,
             "post_processor": byte_level | {"trim_offsets": False},
-            "model": {**dict.fromkeys((*UNSET, "unk_token")), "type": "BPE", "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": self.ignore_merges, "vocab": {names[i]: i for i in sorted(names)},
+            "model": {"type": "BPE", **dict.fromkeys((*self.unset, "unk_token")), "fuse_unk": False,
+                      "byte_fallback": False, "ignore_merges": self.ignore_merges,
+                      "vocab": {names[i]: i for i in sorted(names)},
                       "merges": [f"{text[a]} {text[b]}" for a, b in self.merges]}}
         with write_whole(tokenizer_json) as f:
             f.write(json.dumps(document, ensure_ascii=False).encode())
-
-
-UNSET = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")                         # in a tokenizer.json
-UNSUPPORTED = (*UNSET, "add_prefix_space", "invert", "byte_fallback", "lstrip", "rstrip", "single_word")
-
 
 def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) -> tuple[dict[int, bytes], list[Pair]]:
     """Vocabulary and merges ("left right" or [left, right]) from the byte_to_unicode form, but for tokens in clear."""
@@ -313,7 +291,6 @@ def from_printable(vocab: dict[str, int], merges: list, clear: Iterable[str]) ->
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
     return {i: tokens[text] for text, i in vocab.items()}, [(tokens[a], tokens[b]) for a, b in pairs]
 
-
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turns what goes wrong with foreign data into one ValueError that says what they should have been."""
@@ -321,7 +298,6 @@ def explained(what: str) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{what}: {'missing ' if isinstance(e, KeyError) else ''}{e}") from None
-
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
@@ -338,7 +314,6 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.
     finally:
         temporary.unlink(missing_ok=True)
 
-
 # ---- Fast: the same, a whole chunk of bytes at a time ----------------------------------------------------------------
 
 EDGE, SPACE, BLANK, LETTER, NUMBER, OTHER, UNKNOWN = range(7)   # classes of characters; EDGE: no text, a special token
@@ -348,9 +323,7 @@ STARTS = bytes([this != "" and any(match.start() == len(before) for match in    
                                    regex.finditer(PATTERNS["gpt2"], before + this + after))
                 for before, this, after in itertools.product(SAMPLES, repeat=3)]).ljust(256)
 CONTRACTION = np.zeros((256, 256), np.uint8)                    # how many of the two bytes after an apostrophe it takes
-CONTRACTION[list(b"sdmt")] = 1
-CONTRACTION[list(b"lvr"), list(b"lee")] = 2
-
+CONTRACTION[list(b"sdmt")], CONTRACTION[list(b"lvr"), list(b"lee")] = 1, 2
 
 def classify(code_points: np.ndarray) -> np.ndarray:
     """The class of each character, as the pattern sees it: the regex module is asked once for each."""
@@ -358,16 +331,13 @@ def classify(code_points: np.ndarray) -> np.ndarray:
         CLASS_OF[i] = regex.match(r"(?s)( )|(\s)|(\p{L})|(\p{N})|(.)", chr(i)).lastindex
     return CLASS_OF[code_points]
 
-
 BYTE_CLASS = classify(np.arange(128)).tobytes().ljust(256)
-
 
 def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     """Where GPT-2's pre-tokens start in UTF-8 bytes; a special token counts as one. Returns int64 (P,).
 
     Whether one starts at a character depends on the classes of three, the one before, itself and the next: a table
-    stands for the regular expression. Put right afterwards, where they occur: characters of several bytes, of which
-    only the first may start a pre-token, and contractions.
+    stands for the regular expression. Put right afterwards: contractions, and blanks of several bytes.
     """
     N, data = len(raw), np.frombuffer(raw + bytes(2), np.uint8)
     padded = np.frombuffer(bytearray(b"\0%b\0\0" % raw.translate(BYTE_CLASS)), np.uint8)       # EDGE on either side
@@ -376,9 +346,8 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     width = 2 + (data[lead] >= 0xE0) + (data[lead] >= 0xF0)
     lead_class = classify(np.frombuffer(data[beyond].tobytes().decode().encode("utf-32-le"), np.uint32))
     padded[1 + beyond] = np.repeat(lead_class, width)           # all bytes of a character alike
-    spans = [match.span() for match in special.finditer(raw)]
-    for start, end in spans:
-        padded[1 + start:1 + end] = EDGE
+    for match in special.finditer(raw):
+        padded[1 + match.start():1 + match.end()] = EDGE
     three = 36 * padded[:N] + 6 * padded[1:N + 1] + padded[2:N + 2]
     starts = np.frombuffer(bytearray(three).translate(STARTS), bool)                    # (N,)
     blank, last = lead[lead_class == BLANK], (lead + width - 1)[lead_class == BLANK]
@@ -389,44 +358,34 @@ def pretoken_starts(raw: bytes, special: re.Pattern) -> np.ndarray:
     whole = (end > quote + 1) & (padded[quote + 2] == LETTER) & (padded[end] == LETTER)  # no special token cuts it
     starts[quote[whole] + 1] = False
     starts[end[whole & (padded[end + 1] == LETTER)]] = True
-    starts[[start for start, _ in spans]] = True
+    starts[[match.start() for match in special.finditer(raw)]] = True
     return np.flatnonzero(starts)
-
 
 ODD = np.uint64(0x9E3779B97F4A7C15)                             # 2**64 over the golden ratio: Knuth, volume 3, 6.4
 ONES, JOINED = np.uint64(2**64 - 1), np.uint64(0xFE << 56)      # of the bytes 0xFF and 0xFE, which UTF-8 never has
 GAP, GONE, NEVER = -1, -2, 2**63 - 1                            # in a row of symbols: between words; merged away
 MIRROR = bytes(range(255, -1, -1))
 
-
 class Index:
-    """Finds keys in a sorted array: np.searchsorted, and a table that knows most of the answers sooner.
-
-    The product with ODD names a key's slot in the table. Keys whose slot went to another one are searched for.
-    """
+    """Finds keys in a sorted array: np.searchsorted, and a table that knows most of the answers sooner."""
     def __init__(self, keys: np.ndarray):
         keys = np.append(np.sort(keys), ONES)                   # uint64; ONES is no key
         self.keys = keys[np.append(True, keys[1:] != keys[:-1])]
         self.missing = len(self.keys) - 1
         self.shift = np.uint64(60 - self.missing.bit_length())  # at least eight slots a key
         self.table = np.full(1 << 64 - int(self.shift), self.missing, np.int32)
-        self.table[self.keys[:-1] * ODD >> self.shift] = np.arange(self.missing)
+        self.table[self.keys[:-1] * ODD >> self.shift] = np.arange(self.missing)        # of several, one gets the slot
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Where in self.keys these are, `missing` for those that are not there. Returns int64."""
         place = self.table.take((keys * ODD >> self.shift).view(np.int64)).astype(np.int64)
-        astray = np.flatnonzero((self.keys.take(place) != keys) & (place < self.missing))
+        astray = np.flatnonzero((self.keys.take(place) != keys) & (place < self.missing))       # another has the slot
         place[astray] = searched = np.searchsorted(self.keys, keys[astray])
         place[astray[self.keys[searched] != keys[astray]]] = self.missing
         return place
 
-
 class Words:
-    """The distinct words of all chunks seen.
-
-    A word of up to eight bytes is its own key, filled up with 0xFF; the key of a longer one is made of the numbers of
-    its halves. No key is a hash, so different words never have the same number.
-    """
+    """The distinct words of all chunks seen. No key is a hash, so different words never have the same number."""
     def __init__(self):
         self.keys, self.numbers = np.array([ONES]), np.array([0])       # ascending keys; their numbers
         self.words, self.index = [], np.zeros(0, np.int64)              # index: in words, by number
@@ -434,8 +393,8 @@ class Words:
 
     def number(self, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """The numbers of words, int64 (P,), in a chunk of which eight[i] are the eight bytes from i on."""
-        bits = 8 * (ends - starts)
-        keys = eight[starts] | ONES << bits.view(np.uint64)     # shifted by 64 or more, it is 0
+        bits = 8 * (ends - starts)                              # the key is the word, filled up with 0xFF; of a word
+        keys = eight[starts] | ONES << bits.view(np.uint64)     # over eight bytes, it is the numbers of its halves
         if (long := np.flatnonzero(bits > 64)).size:
             left, right = starts[long], ends[long]
             middle = left + right >> 1
@@ -452,7 +411,7 @@ class Words:
         """Which of self.words starts at each of these places and ends where the next one starts. Both int64 (P,)."""
         ends, eight = np.append(starts[1:], len(raw)), np.ndarray(len(raw) + 1, "<u8", raw + bytes(8), strides=(1,))
         numbers = self.number(eight, starts, ends)
-        self.index = np.append(self.index, np.full(len(self.keys) - len(self.index), -1))
+        self.index = np.pad(self.index, (0, len(self.keys) - len(self.index)), constant_values=-1)
         new = np.flatnonzero(self.index[numbers] < 0)
         self.index[numbers[new]] = new                          # of several places of a word, one remains
         new = new[self.index[numbers[new]] == new]
@@ -461,22 +420,18 @@ class Words:
         self.words += [raw[i:j] for i, j in zip(starts[new].tolist(), ends[new].tolist())]
         return self.index[numbers]
 
-
 def count_words(ranges: list[tuple[int, int]]) -> dict[bytes, int]:
     """count_words_plain for some ranges of a file, special tokens too: a process's share of train_bpe."""
     path, special = count_words.shared
     words, counts = Words(), np.zeros(0, np.int64)
     for raw in (read_range(path, *stretch) for stretch in ranges):
-        places = words.look_up(raw, pretoken_starts(raw, special))
-        counts = np.append(counts, np.zeros(len(words.words) - len(counts), np.int64))
-        counts += np.bincount(places, minlength=len(counts))
+        more = np.bincount(words.look_up(raw, pretoken_starts(raw, special)), minlength=len(counts))
+        counts = more + np.pad(counts, (0, len(more) - len(counts)))
     return dict(zip(words.words, counts.tolist()))
-
 
 def greatest_first(left: int, right: int, tokens: list[bytes]) -> str:
     """A key by which the greatest pair sorts first: bytes mirrored, each string ended by a mark above all of them."""
     return "\u0100".join([tokens[i].translate(MIRROR).decode("latin-1") for i in (left, right)]) + "\u0100"
-
 
 def in_a_row(words: Iterable[bytes]) -> np.ndarray:
     """The bytes of all words, with a GAP before each and at the end, as int64. (0xFF is no byte of UTF-8.)"""
@@ -484,14 +439,11 @@ def in_a_row(words: Iterable[bytes]) -> np.ndarray:
     row[row == 0xFF] = GAP
     return row
 
+def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callable = greatest_first) -> list[Pair]:
+    """merge_words_plain on flat arrays: all words in one row, and links that jump over what is merged away.
 
-def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callable = greatest_first,
-                log: Log = None) -> list[Pair]:
-    """merge_words_plain on flat arrays.
-
-    All words stand in one row. What is merged away stays there, and links jump over it. For each pair a heap has its
-    count, and `places` where it was seen, both upper bounds (new places come with new symbols only): a pair that is
-    popped is counted again. Pairs rarer than `floor` are left out until the heap is empty; then all are taken anew.
+    For each pair a heap has its count, and `places` where it was seen, both upper bounds (new places come with new
+    symbols only): a popped pair is counted again. Those rarer than `floor` wait until the heap is empty.
     """
     symbol = in_a_row(word_counts)                              # and the count of the word in which it stands:
     weight = np.array([0, *word_counts.values()])[np.cumsum(symbol == GAP) % (len(word_counts) + 1)]
@@ -512,8 +464,7 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
         floor = floor or max(1, max(sums, default=0) // 20)
         for i, count in enumerate(sums):
             if count >= floor:
-                key = int(keys[bounds[i]])
-                pair = key >> 32, key & 0xFFFFFFFF
+                pair = divmod(int(keys[bounds[i]]), 1 << 32)
                 places[pair] = at[bounds[i]:bounds[i + 1]].copy()
                 heapq.heappush(heap, (-count, tie_key(*pair, tokens), pair))
 
@@ -521,8 +472,8 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
         if not heap:
             floor = 0
             remember(np.flatnonzero(symbol >= 0))               # neither GAP nor GONE
-            if not heap:
-                break
+        if not heap:
+            break
         bound, key, (left, right) = heapq.heappop(heap)
         at = places.pop((left, right))
         at = at[(symbol[at] == left) & (symbol[following[at]] == right)]
@@ -545,18 +496,11 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
         following[at], preceding[after] = after, at
         before = preceding[at]
         remember(np.concatenate([before[symbol[before] != new], at]))       # (new, new) counts once, by its left half
-        if log and len(merges) % 1000 == 0:
-            log(f"merge {len(merges):,} of {num_merges:,} | {count:,} times {tokens[-1]}")
     return merges
 
-
 class FastEncoder:
-    """Tokenizer.encode_plain for GPT-2's pattern, a chunk of UTF-8 at a time: every word is looked up.
-
-    Words that are met for the first time are merged, all of them together.
-    """
-    max_words = 1 << 18                                         # remembered; then all starts anew
-    long = 64                                                   # bytes; words over this are merged one by one
+    """Tokenizer.encode_plain for GPT-2's pattern, a chunk at a time: words are looked up, new ones merged together."""
+    max_words, long = 1 << 18, 64       # remembered, then all starts anew; bytes, longer ones are merged one by one
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.byte_ids = tokenizer, np.array([*tokenizer.byte_id, GAP])          # the last is [GAP]
@@ -580,14 +524,13 @@ class FastEncoder:
         self.bounds = np.append(self.bounds[:-1], np.cumsum(counts))
         self.ids = np.concatenate([self.ids, ids, *merged]).astype(self.ids.dtype)
         counts = self.bounds[places + 1] - self.bounds[places]
-        ends = np.cumsum(counts)
-        return self.ids[np.repeat(self.bounds[places] - (ends - counts), counts) + np.arange(counts.sum())]
+        shift = self.bounds[places] - np.cumsum(counts) + counts
+        return self.ids[np.repeat(shift, counts) + np.arange(counts.sum())]
 
     def merge(self, words: list[bytes], rounds: list | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Tokenizer.merge_word for many words at once. Returns: their ids, end to end, and how many of each.
 
-        The words stand in a row with links, as in merge_words. In every round each word joins its pair of lowest rank,
-        the first of them; a word without such a pair is done.
+        They stand in a row with links, as in merge_words. In every round each word joins its first pair of lowest rank.
         """
         symbol = self.byte_ids[in_a_row(words)]
         following, begins = np.arange(1, len(symbol) + 1), np.flatnonzero(symbol == GAP)[:-1]
@@ -610,7 +553,6 @@ class FastEncoder:
         counts = np.add.reduceat(symbol[:-1] != GONE, begins, dtype=np.int64) - 1       # less the gap
         return symbol[symbol >= 0], counts
 
-
 # ---- Whole files -----------------------------------------------------------------------------------------------------
 
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
@@ -630,21 +572,19 @@ def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterab
         with ProcessPoolExecutor(num_processes, initializer=setattr, initargs=share) as pool:
             yield from pool.map(function, jobs)
 
-
 def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], num_processes: int | None = None,
               log: Log = print, tie_key: Callable = greatest_first) -> tuple[dict[int, bytes], list[Pair]]:
     """Learns a byte-level BPE vocabulary from a UTF-8 text file, with GPT-2's pre-tokenization, over its raw bytes.
 
     Args: vocab_size: all tokens together; special_tokens: strings that split the text and are never part of a merge;
-          num_processes: for the counting (default: all cores); log: takes lines of progress, None for silence;
+          num_processes: for the counting (default: all cores); log: is told if no pair is left before the end;
           tie_key(left id, right id, tokens): of pairs equally frequent, the one with the least key is merged.
-    Returns: vocab {id: bytes}: ids 0..255 are the bytes, then the special tokens as given, then the merges in order;
-             merges [(left, right)] in the order in which they were made. Fewer than asked for if no pair is left.
+    Returns: vocab {id: bytes}: the bytes, the special tokens as given, the merges; merges [(left, right)] as made.
     Raises: ValueError for a vocabulary too small, bad special tokens, an empty file or one that is not UTF-8.
     Example: train_bpe("corpus.txt", 10_000, ["<|endoftext|>"])
     """
-    special = re.compile(special_pattern(special_tokens).encode())
-    num_merges, words = vocab_size - 256 - len(special_tokens), Counter()
+    special, words = re.compile(special_pattern(special_tokens).encode()), Counter()
+    num_merges = vocab_size - 256 - len(special_tokens)
     if overlapping := [(a, b) for a, b in itertools.permutations(special_tokens, 2) if a in b]:
         raise ValueError(f"special tokens overlap: %r is part of %r; leave one out of the training" % overlapping[0])
     if num_merges < 0:
@@ -653,24 +593,19 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
         words.update(counts)
     for token in special_tokens:
         del words[token.encode()]
-    merges = merge_words(words, num_merges, tie_key, log)
+    merges = merge_words(words, num_merges, tie_key)
     if len(merges) < num_merges and log:
         log(f"stopped early: no pair is left after {len(merges):,} merges of {num_merges:,}")
     tokens = [bytes([i]) for i in range(256)] + [s.encode() for s in special_tokens] + [a + b for a, b in merges]
     return dict(enumerate(tokens)), merges
-
 
 def encode_range(ranges: list[tuple[int, int]]) -> np.ndarray:
     """The ids of one range of a file: a process's share of encode_file."""
     path, tokenizer = encode_range.shared
     return tokenizer.encode_bytes(read_range(path, *ranges[0]))
 
-
 def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_processes: int | None = None) -> int:
-    """Encodes a UTF-8 text file into a .npy of token ids, uint16 if the vocabulary fits and uint32 otherwise.
-
-    Written whole or not at all. Returns: the number of tokens. Raises: ValueError for an empty file or one not UTF-8.
-    """
+    """Encodes a file into a .npy of tokenizer.dtype. Returns: how many ids. Raises: ValueError if empty, not UTF-8."""
     with write_whole(npy_path) as f:
         header, total = {"descr": tokenizer.dtype.str, "fortran_order": False, "shape": (0,)}, 0
         np.lib.format.write_array_header_1_0(f, header)         # with room for the length, not known yet
@@ -680,13 +615,11 @@ def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_p
         np.lib.format.write_array_header_1_0(f, header | {"shape": (total,)})
     return total
 
-
 # ---- Walk-through, self-check, benchmark, command line ---------------------------------------------------------------
 
 EXAMPLE = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}  # the words of Sennrich et al., section 3.2
 EXAMPLE_MERGES = [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e")]
 EXAMPLE_VOCAB = dict(enumerate([bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]))
-
 
 def walk_through() -> None:
     """A small training, then what the fast version sees when it encodes a short sentence."""
@@ -698,12 +631,11 @@ def walk_through() -> None:
     ids, _ = encoder.merge([text[i:j] for i, j in zip(starts, [*starts[1:], None])], rounds)
     print("text    ", text.decode())
     print("classes ", "".join("?_ a1."[i] for i in text.translate(BYTE_CLASS)))
-    print("starts  ", "".join("^" if i in starts else " " for i in range(len(text))))
+    print("starts  ", "".join(" ^"[i in starts] for i in range(len(text))))
     for i, row in enumerate(rounds):
         symbols = ("|" if id == GAP else EXAMPLE_VOCAB[id].decode() + "." for id in row.tolist() if id != GONE)
         print(f"round {i}  {''.join(symbols).replace('.|', '|')}")
     print("ids     ", *ids.tolist())
-
 
 def self_check(seed: int = 0) -> None:
     """Fast against plain on random text, and both against known merges. Raises: AssertionError on any difference."""
@@ -716,28 +648,24 @@ def self_check(seed: int = 0) -> None:
         assert tokenizer.decode(ids) == text
         assert ids == tokenizer.fast.encode(text.encode()).tolist() == list(tokenizer.encode_iterable(text, 9)), text
 
-
 def bench(text: str | None, peer_python: str) -> None:
     """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table."""
     import subprocess                                           # here, for it would slow down every start
-    if not (peers := Path(__file__).parent / "tests/fixtures/bpe_peers.py").exists():
-        raise ValueError(f"{peers}, which runs the other libraries, is missing; train and encode print their own time")
+    peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"                       # if missing, Python says so
     subprocess.run([peer_python, peers, "table", text or "", sys.executable, __file__], check=False)
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns: its exit code, 2 for a caller's mistake."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", nargs="?", choices=["train", "encode", "decode", "bench"], help="none: explain itself")
-    add("--input", help="a UTF-8 text; for decode, a .npy of token ids")
-    add("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text (default: print it)")
-    add("--tokenizer", default="out/bpe/tokenizer.json")
-    add("--vocab-size", type=int, default=10_000)
-    add("--special", action="append", help="train: a special token, may be repeated (default <|endoftext|>)")
-    add("--processes", type=int, help="default: all cores")
-    add("--peer-python", default=sys.executable, help="bench: a python that has tiktoken, tokenizers and rustbpe")
-    add("--seed", type=int, default=0)
+    parser.add_argument("command", nargs="?", choices=["train", "encode", "decode", "bench"], help="none: walk-through")
+    parser.add_argument("--input", help="a UTF-8 text; for decode, a .npy of token ids")
+    parser.add_argument("--out", help="train: a tokenizer.json; encode: a .npy")
+    parser.add_argument("--tokenizer", default="out/bpe/tokenizer.json")
+    parser.add_argument("--vocab-size", type=int, default=10_000)
+    parser.add_argument("--special", action="append", help="train: a special token, one or several (<|endoftext|>)")
+    parser.add_argument("--processes", type=int, help="default: all cores")
+    parser.add_argument("--peer-python", default=sys.executable, help="bench: one with tiktoken, tokenizers, rustbpe")
+    parser.add_argument("--seed", type=int, default=0)
     args, began = parser.parse_args(argv), time.monotonic()
     try:
         if args.command is None:
@@ -750,20 +678,17 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
         elif args.command == "train":
             special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
-            log = functools.partial(print, file=sys.stderr, flush=True)
-            vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes, log)
+            vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes)
             Tokenizer(vocab, merges, special).save(out)
             size = os.path.getsize(args.input)
             print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.monotonic() - began:.1f}s")
         elif args.command == "encode":
             count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes)
-            size = os.path.getsize(args.input)
-            print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in "
-                  f"{time.monotonic() - began:.1f}s")
+            size, took = os.path.getsize(args.input), time.monotonic() - began
+            print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in {took:.1f}s")
         else:
             text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
-            with write_whole(args.out) if args.out else contextlib.nullcontext(sys.stdout.buffer) as f:
-                f.write(text.encode())
+            sys.stdout.buffer.write(text.encode())
     except (ValueError, OSError) as e:
         print(f"bpe.py: {e}", file=sys.stderr)
         return 2
