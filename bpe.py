@@ -6,7 +6,7 @@ What:       A tokenizer starts from the 256 bytes and learns to join the pair of
 Source:     Sennrich, Haddow & Birch 2016, arXiv:1508.07909, Algorithm 1; Radford et al. 2019 (GPT-2), section 2.2:
             bytes instead of characters, merges kept inside pre-tokens.
 Deviations: ties go to the greater pair of byte strings (the papers leave it open); special tokens end a document.
-            Llama 3's and Qwen2's patterns and NFC take the plain path, 5 MB/s instead of 33. What is a letter
+            Llama 3's and Qwen2's patterns and NFC take the plain path, 5 MB/s instead of 36. What is a letter
             or a number, the regex module says; code points that are not assigned yet may differ in other libraries.
 Copy:       this file alone; needs numpy and regex. MIT.
 Run:        python bpe.py
