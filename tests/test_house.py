@@ -73,7 +73,7 @@ def test_copied_alone(name, tmp_path):
     environment = {**os.environ, "PYTHONPATH": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if name != "flash_attn_triton":
         environment.pop("TRITON_INTERPRET")
-    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     done = subprocess.run([sys.executable, "-c", f"import {name}"], **options)
     assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr
     done = subprocess.run([sys.executable, "-c", code], **options)
