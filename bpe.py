@@ -461,7 +461,7 @@ def merge_words(word_counts: dict[bytes, int], num_merges: int, tie_key: Callabl
         keys, at = keys[order], at[order]
         bounds = np.concatenate([[True], keys[1:] != keys[:-1], [True]]).nonzero()[0]   # of stretches of equal keys
         sums = np.add.reduceat(weight[at], bounds[:-1]).tolist() if keys.size else []
-        floor = floor or max(1, max(sums, default=0) // 20)
+        floor = floor or max(1, max(sums, default=0) // 8)
         for i, count in enumerate(sums):
             if count >= floor:
                 pair = divmod(int(keys[bounds[i]]), 1 << 32)
