@@ -360,7 +360,7 @@ def test_foreign_tokenizer_files_are_refused(change, tmp_path):
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess:
     program = [sys.executable, str(HERE.parent / "bpe.py"), *words]
-    return subprocess.run(program, cwd=folder, capture_output=True, timeout=60)
+    return subprocess.run(program, cwd=folder, capture_output=True, timeout=600)
 
 
 def test_command_line_there_and_back(tmp_path):

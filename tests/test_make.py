@@ -15,7 +15,7 @@ TEXT = b"Once upon a time there was a checksum. " * 3000
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", "-C", str(folder), "VENV=", *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run(["make", "-C", str(folder), "VENV=", *arguments], capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture
