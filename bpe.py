@@ -659,7 +659,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=["train", "encode", "decode", "bench"], help="none: walk-through")
     parser.add_argument("--input", help="a UTF-8 text; for decode, a .npy of token ids")
-    parser.add_argument("--out", help="train: a tokenizer.json; encode: a .npy")
+    parser.add_argument("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text")
     parser.add_argument("--tokenizer", default="out/bpe/tokenizer.json")
     parser.add_argument("--vocab-size", type=int, default=10_000)
     parser.add_argument("--special", action="append", help="train: a special token, one or several (<|endoftext|>)")
@@ -680,15 +680,15 @@ def main(argv: list[str] | None = None) -> int:
             special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
             vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes)
             Tokenizer(vocab, merges, special).save(out)
-            size = os.path.getsize(args.input)
-            print(f"{out}: {len(vocab):,} tokens from {size:,} bytes in {time.monotonic() - began:.1f}s")
+            print(f"{out}: {len(vocab):,} tokens in {time.monotonic() - began:.1f}s")
         elif args.command == "encode":
             count = encode_file(Tokenizer.from_file(args.tokenizer), args.input, args.out, args.processes)
             size, took = os.path.getsize(args.input), time.monotonic() - began
             print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in {took:.1f}s")
         else:
             text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
-            sys.stdout.buffer.write(text.encode())
+            with write_whole(args.out) if args.out else contextlib.nullcontext(sys.stdout.buffer) as f:
+                f.write(text.encode())
     except (ValueError, OSError) as e:
         print(f"bpe.py: {e}", file=sys.stderr)
         return 2

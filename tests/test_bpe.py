@@ -371,6 +371,8 @@ def test_command_line_there_and_back(tmp_path):
     assert encoded.returncode == 0 and b"tokens from" in encoded.stdout
     decoded = command(tmp_path, "decode", "--tokenizer", "t.json", "--input", "ids.npy")
     assert decoded.stdout == text.encode()
+    command(tmp_path, "decode", "--tokenizer", "t.json", "--input", "ids.npy", "--out", "back.txt")
+    assert (tmp_path / "back.txt").read_bytes() == text.encode()
 
 
 @pytest.mark.parametrize("words, content", [
