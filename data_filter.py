@@ -18,8 +18,8 @@ Run:        python data_filter.py CRAWL.warc.gz --out DIR      # --train-quality
             ... these, archives and FastText as known  OK
 Measured:   2-core CPU: 98.7% of the 20-word and 100% of the 80-word pieces of the Declaration of Human Rights, in 54
             languages, right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1's at 0.67 of its speed, 35 MB/s a
-            core (tests/fixtures/make_data_filter.py languages, pydoc); 10 MB of any tag under 2 s; 3.1 to 4.1 MB of
-            pages a second on both cores (--bench).
+            core (tests/fixtures/make_data_filter.py languages, pydoc); 10 MB of any tag in 0.5 to 3.4 s; 3.1 to 4.1 MB
+            of pages a second on both cores (--bench).
 """
 import argparse, codecs, contextlib, functools, gzip, heapq, html, http.client, io, itertools, json, math, os
 import multiprocessing, random, re, struct, sys, tempfile, time, timeit, unicodedata, urllib.request, zlib
