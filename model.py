@@ -601,9 +601,8 @@ def read_safetensors(path) -> dict[str, Tensor]:
     Raises: ValueError (or what JSON and look-ups raise) for a file that is cut off or no safetensors at all."""
     data, tensors, end = torch.from_file(str(path), size=Path(path).stat().st_size, dtype=torch.uint8), {}, 0
     length = int.from_bytes(data[:8].tolist(), "little")
-    header = json.loads(bytes(data.numpy()[8:8 + length]))
+    header, data = json.loads(bytes(data.numpy()[8:8 + length])), data[8 + length:]
     header.pop("__metadata__", None)
-    data = data[8 + length:]
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (low, high) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         if low != end or high - low != math.prod(shape) * dtype.itemsize or high > len(data):
@@ -627,7 +626,8 @@ def write_safetensors(path, tensors: dict[str, Tensor]) -> None:
         for x in tensors.values():
             file.write(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
+    """A parameter's name in Hugging Face's words. 'layers.0.ffn.w1.weight' -> 'model.layers.0.mlp.gate_proj.weight'"""
     return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **options) -> TransformerLM:
@@ -638,7 +638,7 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
         config = _config_from_hf(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
         with torch.device("meta"):                               # no time is spent on random weights
             model = TransformerLM(config, **options)
-        ours = {_hf_name(name): name for name in model.state_dict()}
+        ours = {hf_name(name): name for name in model.state_dict()}
         state = {ours.get(name, name): x.to(device, dtype, copy=True)
                  for shard in sorted(Path(directory).glob("model*.safetensors"))
                  for name, x in read_safetensors(shard).items() if not name.endswith("rotary_emb.inv_freq")}
@@ -678,7 +678,7 @@ def save_hf(model: TransformerLM, directory, tokenizer=None) -> None:
     for name, x in model.named_parameters():                     # a shared table comes once
         if c.rope_layout == "interleaved" and name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
             x = x.unflatten(0, (-1, c.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)    # pair (0, 1) to (0, K/2)
-        tensors[_hf_name(name)] = x
+        tensors[hf_name(name)] = x
     kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
     rope = {"rope_type": "llama3" if c.rope_scaling else "default"} | dict(zip(LLAMA3, c.rope_scaling))
     texts = {"config.json": {theirs: getattr(c, ours) for ours, theirs in HF_CONFIG.items()} | {
