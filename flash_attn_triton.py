@@ -631,7 +631,7 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
     if not cuda:
         versions = {"plain": plain, "SDPA": _sdpa(SDPBackend.FLASH_ATTENTION),
                     "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
-    torch._functorch.config.donated_buffer, torch._dynamo.config.recompile_limit = False, 64     # backward again and again
+    torch._functorch.config.donated_buffer = False        # lets the compiled backward be timed again and again
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU (ours: tiled, in PyTorch)'}, torch {torch.__version__}, "
           f"triton {triton and triton.__version__}; causal, {heads} heads; median ms")
     for dtype in dtypes:
