@@ -256,8 +256,8 @@ DTYPES = "float32", "bfloat16"
 EITHER = dict(lr_scheduler=dict(peak=1e-3, final_lr_frac=0.0, warmup_frac=0.05, init=0.0), weight_decay=0.1,
               grad_clip_norm=1.0)
 ADAMW, SGD = EITHER | dict(betas=[0.9, 0.95], eps=1e-8, eps_root=0.0), EITHER | dict(momentum=0.9, nesterov=False)
-LIMITS = dict.fromkeys(("betas", "momentum", "weight_decay", "warmup_frac", "final_lr_frac"), [0, 1]) | {
-    "model_seed": [0, 10 ** 20], "grad_clip_norm": [1e-6, 10 ** 20], "max_runtime_seconds": [1e-6, 10 ** 20]}
+LIMITS = dict(model_seed=[0, 2 ** 63 - 1], n_evals=[1, 1000], betas=[0, 1], momentum=[0, 1], weight_decay=[0, 1],
+              warmup_frac=[0, 1], final_lr_frac=[0, 1], grad_clip_norm=[1e-6, 1e20], max_runtime_seconds=[1e-6, 1e20])
 
 def like(value, example, name: str, limits: dict = LIMITS):
     """The value in the types of the example: the same keys, as many numbers, an optimizer with momentum as SGD's.
@@ -515,7 +515,7 @@ class Server(ThreadingHTTPServer):
         note("running", val_losses=[])
         try:
             losses, took = self.backend.run(record["config"], lambda losses: note("running", val_losses=losses))
-        except ValueError as error:
+        except Exception as error:                                       # nothing may stay "running" for ever
             return note("failed", 0 if record["protocol"] == 2025 else time.perf_counter() - began, reason=str(error))
         note("completed", record["cost"] if record["protocol"] == 2025 else took, used_runtime_seconds=took,
              val_losses=losses, completed_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -592,18 +592,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            status, body = 200, self.route()
+            return self.reply(200, self.route())
         except Refused as refused:
             status, message = refused.args
         except (ValueError, RecursionError) as error:
             status, message = 422, f"a query has numbers, like 128, 1e+17 or 0.001, a body is JSON: {str(error)[:100]}"
-        self.reply(status, body if status == 200 else {"message": message, "detail": message})
+        self.reply(status, {"message": message} | ({} if self.path[1:].startswith(OF_2025) else {"detail": message}))
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
     def send_error(self, code, message=None, explain=None) -> None:
         self.request_version = "HTTP/1.0"                                # even if it could not be read
-        self.reply(code, {"message": message or self.responses[code][0]})
+        self.reply({501: 405, 505: 400}.get(code, code), {"message": message or self.responses[code][0]})
 
     def reply(self, status: int, body) -> None:
         """Sends the body as JSON, and hears the caller out: a reset while he sends would lose the answer."""

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,7 +212,7 @@ def test_2025_protocol(serve):
             ("batch_size", 64, "batch_size must be one of 128, 256, got 64"), ("learning_rate", 0.1, "[0.0001, 0.001]"),
             ("train_flops", 2 * 10 ** 15, "train_flops must be one of"), ("train_flops", 3 * 10 ** 18, "one of")):
         status, answer = ask("/loss", **QUERY | {name: value})
-        assert status == 404 and message in answer["message"], answer
+        assert status == 404 and set(answer) == {"message"} and message in answer["message"], answer
     for query, message in (({"d_model": "wide"}, "number"), ({"d_model": "64.5"}, "whole number"),
                            ({"d_model": ""}, "number"), ({"d_model": "true"}, "number"),
                            ({"seed": 1}, "unknown or missing: seed"), ({"api_key": "no"}, "api_key")):
@@ -297,6 +299,7 @@ def test_2026_refuses_bad_configs(serve):
             ("optimizer_config.grad_clip_norm", 0, "grad_clip_norm"), ("total_train_tokens", "many", "whole number"),
             ("optimizer_config", None, "an object"), ("total_train_tokens", 10 ** 40, "total_train_tokens"),
             ("optimizer_config", {"momentum": 0.9}, "nesterov"), ("total_train_tokens", None, "whole number"),
+            ("n_evals", 10 ** 12, "in range [1, 1000]"),                 # a list of so many losses would fill memory
             ("max_runtime_seconds", ..., "missing: max_runtime_seconds"), ("lr", 1, "missing: lr")):
         status, answer = ask("/submit", changed(path, value))
         assert status == 422 and message in answer["message"], (path, value, answer)
@@ -340,6 +343,43 @@ def test_nobody_comes_between_the_look_and_the_charge(monkeypatch):
             return refused.args[0]
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(submit, range(8))) == [32] + [409] * 7
+
+
+def test_what_a_2026_run_costs_while_it_runs_and_after():
+    """Its max_runtime_seconds until it has ended; the budget is looked at before duplicates; any error ends a run."""
+    class Slow(scaling.LawBackend):
+        may_end = threading.Event()
+
+        def run(self, config, report):
+            self.may_end.wait(30)
+            if config["model_seed"]:
+                raise MemoryError("too large")
+            return [1.0], 7.0
+
+    def submit(**changes):
+        body = json.dumps(TRAINING | changes).encode()
+        request = urllib.request.Request(server.url + "/submit", body, {"X-API-Key": "local"})
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+    server = scaling.Server(":memory:", Slow(), seconds=250, workers=2)
+    status, answer = submit()
+    assert status == 200
+    assert answer["budget_summary"] == {"used_seconds": 100, "remaining_seconds": 150, "total_budget_seconds": 250}
+    broken = submit(model_seed=1)[1]["experiment_id"]
+    assert server.used(2026, "local") == 200
+    assert submit()[0] == 400, "50 seconds are left, and it asks for 100"
+    assert submit(max_runtime_seconds=40)[0] == 200
+    Slow.may_end.set()
+    for future in server.ended.values():
+        future.result(30)
+    failed = server.records[broken]
+    assert failed["status"]["status"] == "failed" and failed["status"]["reason"] == "too large"
+    assert server.used(2026, "local") == 14 + failed["cost"] and 0 < failed["cost"] <= 100
+    assert submit()[0] == 409
+    server.shutdown()
 
 
 def test_a_killed_server_loses_nothing(serve, tmp_path):
@@ -390,7 +430,9 @@ def test_hostile_requests_get_a_4xx(serve):
             (mine + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 413),
             (b"POST /submit HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 401),
             (b"POST /loss HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", 405),
-            (b"PUT /submit HTTP/1.1\r\n\r\n", 405), (b"nonsense\r\n\r\n", 400)):
+            (b"PUT /submit HTTP/1.1\r\n\r\n", 405), (b"nonsense\r\n\r\n", 400),
+            (b"BREW /submit HTTP/1.1\r\n\r\n", 405), (b"GET /budget HTTP/9.9\r\n\r\n", 400),
+            (b"GET /budget HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431)):
         assert raw(request) == status, request
     assert server("/budget")[1]["used_seconds"] == 0 and server("/total_flops_used", api_key="local") == (200, 0)
     assert "Traceback" not in server.kill()
