@@ -107,7 +107,7 @@ def run_rank(work, *args) -> None:  # twin: sharded_optim.py
     code = 1
     try:
         code = work(*args) or 0
-        if code == 0 and dist.get_backend() == "nccl":
+        if code == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
     except Exception:
         traceback.print_exc()

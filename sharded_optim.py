@@ -48,7 +48,7 @@ def run_rank(work, *args) -> None:  # twin: ddp.py
     code = 1
     try:
         code = work(*args) or 0
-        if code == 0 and dist.get_backend() == "nccl":
+        if code == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
             dist.destroy_process_group()
     except Exception:
         traceback.print_exc()
@@ -420,8 +420,7 @@ class FSDP(nn.Module):
 
     @torch.no_grad()
     def finish_gradient_synchronization(self) -> None:
-        """Waits for the last sums, averages the gradients of the parameters that stay whole (zero where a rank did not
-        use one), frees what is left."""
+        """Waits for the last sums, averages the gradients of whole parameters (unused: zero), frees what is left."""
         self._settle()
         self._order_known = bool(self._order)
         for unit in self._units:
@@ -511,12 +510,14 @@ def _find_units(m: nn.Module, seen: set[nn.Module], name: str = "", block: bool 
     """Yields (name, module that is called, modules whose weights it gathers), in registration order."""
     if m in seen:
         return
-    seen.add(m)
-    # MultiheadAttention reads out_proj.weight without calling out_proj.
-    members = list(m.modules()) if block or isinstance(m, nn.MultiheadAttention) else [m]
+    lists = [child for child in m.children() if isinstance(child, (nn.ParameterList, nn.ParameterDict))]
+    seen.update([m, *lists])
+    # MultiheadAttention reads out_proj.weight without calling out_proj; nobody calls a list of parameters.
+    entire = block or isinstance(m, nn.MultiheadAttention)
+    members = list(m.modules()) if entire else [m, *lists]
     if any(p is not None and p.dim() >= 2 for member in members for p in member._parameters.values()):
         yield name, m, members
-    for child_name, child in m.named_children() if len(members) == 1 else ():
+    for child_name, child in m.named_children() if not entire else ():
         entry = isinstance(m, nn.ModuleList) or isinstance(m, nn.Sequential) and not isinstance(child, nn.Sequential)
         yield from _find_units(child, seen, f"{name}.{child_name}".lstrip("."),
                                entry and not isinstance(child, (nn.ModuleList, nn.ModuleDict)))
@@ -598,8 +599,7 @@ def _explain(rank: int, world_size: int) -> None:
         say(f"check: {name} = plain data parallelism after 3 steps, to {worst:.1e}  OK")
 
 def self_check() -> None:
-    """Two gloo ranks: ZeRO-1 is plain data parallelism bit for bit; FSDP to 1e-6, the rounding of fp32 weights near 1
-    (without the division by N it is off by 1e-3)."""
+    """Two gloo ranks: ZeRO-1 is plain data parallelism bit for bit, FSDP to 1e-6 (if nobody divided by N: 1e-3)."""
     spawn(_explain, 2)
 
 # -------------------------------------------------------------------------------------------------------------- Bench

@@ -302,18 +302,37 @@ def test_compute_dtype(ranks, dtype):
     ranks(check_low_precision, dtype)
 
 
-def check_other_modules(rank, world_size):
-    """Torch's own layers: attention reads out_proj.weight without calling it, convolutions have four dimensions."""
-    def build():
+class Lists(nn.Module):
+    def __init__(self):
+        super().__init__()
         torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(2), nn.LayerNorm(9),
-                             nn.TransformerEncoderLayer(9, 3, 7, 0.0), nn.MultiheadAttention(9, 3))
+        self.several = nn.ParameterList([torch.randn(5, 7), torch.randn(7, 9)])
+        self.inner = nn.Sequential(nn.Linear(9, 9), nn.Tanh())                 # a unit of its own, within this one
+        self.named = nn.ParameterDict({"last": torch.randn(9, 9)})
 
-    def run(modules, x):
-        *most, attention = modules
-        for m in most:
-            x = m(x)
-        return attention(x, x, x, need_weights=False)[0].square().mean()
+    def forward(self, x):
+        return self.inner(x @ self.several[0] @ self.several[1]) @ self.named["last"]
+
+
+def run_lists(model, x):
+    return model(x).square().mean()
+
+
+def torchs_layers():
+    """Attention reads out_proj.weight without calling it, convolutions have four dimensions."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(2), nn.LayerNorm(9),
+                         nn.TransformerEncoderLayer(9, 3, 7, 0.0), nn.MultiheadAttention(9, 3))
+
+
+def run_layers(modules, x):
+    *most, attention = modules
+    for m in most:
+        x = m(x)
+    return attention(x, x, x, need_weights=False)[0].square().mean()
+
+
+def check_other_modules(rank, world_size, build, run):
     x = torch.sin(torch.arange(2 * 2 * 2 * 25.)).view(world_size, 2, 2, 5, 5)
     plain = build()
     for r in range(world_size):
@@ -327,7 +346,11 @@ def check_other_modules(rank, world_size):
 
 
 def test_modules_of_torch(ranks):
-    ranks(check_other_modules)
+    ranks(check_other_modules, torchs_layers, run_layers)
+
+
+def test_lists_of_parameters_which_nobody_calls(ranks):
+    ranks(check_other_modules, Lists, run_lists)
 
 
 # ---- memory, order ----
