@@ -38,7 +38,7 @@ from torch.utils.benchmark import Timer
 # The grader never runs the model's text and reads it once: no eval, no symbolic algebra, no big powers, and nothing
 # longer than MAX_ANSWER characters is an answer. What parses as a number is compared exactly, the rest as text.
 MAX_ANSWER, REWARDS = 256, ("reward", "format_reward", "answer_reward")
-SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 UNITS = set("mm cm dm m km in ft yd mi mg g kg lb lbs oz ml l h hr hrs s sec min mph kmh am pm".split())
 NO_UNITS = {"pi", "sqrt", "and", "or", "to"}
 SPELLING = [("\u2212", "-"), ("\u00d7", r"\times"), ("\u00f7", "/"), ("\u00b0", ""), ("\u03c0", r"\pi"),
@@ -87,8 +87,8 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
         return None
     value *= (-1 if part["sign"] == "-" else 1) * Fraction(10) ** int(part["power"] or 0)
     rest, words = text[match.end():], text[match.end():].lower().split()
-    if words and words[0] in SCALES:
-        value, words = value * SCALES[words[0]], words[1:]
+    if words and (scale := SCALES.get(words[0].rstrip("s"))):
+        value, words = value * scale, words[1:]
     unit = re.sub(r"\^\{?([23])\}?", r"\1", " ".join(words))
     if not unit or unit == "%" or unit == "percent":
         return value, "%" if unit else ""
