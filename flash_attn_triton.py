@@ -449,6 +449,11 @@ def _fold(x: Tensor) -> Tensor:
     broadcast = 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, x.shape))
     return x.contiguous() if broadcast or strides[-1] != 1 else x
 
+def _like(x: Tensor) -> Tensor:
+    """Empty, for a result; `_fold` must not copy it: in x's own order of memory only if that ends in a dense row."""
+    keep = x.dim() <= 4 and x.stride(-1) == 1
+    return torch.empty_like(x, memory_format=torch.preserve_format if keep else torch.contiguous_format)
+
 def _key(name: str, is_causal: bool, *tensors: Tensor) -> tuple:
     """All that the launch of a kernel on these depends on, but for their contents."""
     return name, is_causal, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
@@ -458,7 +463,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, 
     key = _key("forward", is_causal, q, k, v)
     if key not in _prepared:
         _check(q, k, v, by_triton=True)
-    o, L = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    o, L = _like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     q, k, v, o4 = _fold(q), _fold(k), _fold(v), _fold(o)
     (_, H, T, K), S = q.shape, k.shape[2]
     with torch.cuda.device(q.get_device()):
@@ -470,7 +475,7 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor
     """dQ, dK, dV from what the forward pass saved: one kernel for each side."""
     do = do.to(q.dtype)
     keys = [_key(name, is_causal, q, k, v, o, do) for name in ("dq", "dkdv")]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = _like(q), _like(k), _like(v)
     q, k, v, o, do = _fold(q), _fold(k), _fold(v), _fold(o), _fold(do)
     (B, H, T, K), S, scale = q.shape, k.shape[2], q.shape[-1]**-0.5
     T_padded = triton.cdiv(T, 128) * 128                                            # whole tiles of any size used
@@ -485,13 +490,8 @@ def _gradients(q: Tensor, k: Tensor, v: Tensor, o: Tensor, L: Tensor, do: Tensor
 flash_forward = torch.library.custom_op("flash_attn_triton::forward", _forward, mutates_args=())
 flash_backward = torch.library.custom_op("flash_attn_triton::backward", _gradients, mutates_args=())
 
-@flash_forward.register_fake
-def _(q, k, v, is_causal):
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-@flash_backward.register_fake
-def _(q, k, v, o, L, do, is_causal):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+flash_forward.register_fake(lambda q, k, v, is_causal: (_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)))
+flash_backward.register_fake(lambda q, k, v, *_: (_like(q), _like(k), _like(v)))
 
 def _eager(x: Tensor) -> bool:
     """Whether this runs now, on numbers: torch 2.11 traces a backward pass with is_compiling False."""
@@ -631,7 +631,7 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
     if not cuda:
         versions = {"plain": plain, "SDPA": _sdpa(SDPBackend.FLASH_ATTENTION),
                     "ours": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True)}
-    torch._functorch.config.donated_buffer = False        # lets the compiled backward be timed again and again
+    torch._functorch.config.donated_buffer, torch._dynamo.config.recompile_limit = False, 64     # repeats; shapes
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU (ours: tiled, in PyTorch)'}, torch {torch.__version__}, "
           f"triton {triton and triton.__version__}; causal, {heads} heads; median ms")
     for dtype in dtypes:

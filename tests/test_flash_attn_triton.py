@@ -143,6 +143,15 @@ def test_strided_inputs(attention):
     assert relative_error(out, expected) < 3e-6 and relative_error(q.grad, reference.grad) < 3e-6
 
 
+@pytest.mark.parametrize("attention", VERSIONS)
+@pytest.mark.parametrize("lead", [(2,), (2, 1, 2)])
+def test_columns_in_memory_order(attention, lead):
+    """Inputs, and so gradients, whose last dimension is not the dense one; five dimensions in another order."""
+    q, k, v, do = tensors((*lead, 33, 16), (*lead, 21, 16))
+    for turn in (lambda x: x.mT.contiguous().mT, lambda x: x.transpose(0, -2).contiguous().transpose(0, -2)):
+        check(attention, *map(turn, (q, k, v, do)), True)
+
+
 @needs_triton
 @pytest.mark.parametrize("K", [24, 18])                             # by descriptors, by pointers
 def test_every_element_and_no_other_is_written(monkeypatch, K):
