@@ -666,7 +666,7 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
             measured += torch.cuda.max_memory_allocated() - before             # how far the step rises above that
         # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
         held = bytes_held(sum(sizes), world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
-        predicted = held + (sum(sizes[:2]) * (4 if cuda else 8) if stage == 3 else 0)
+        predicted = held + (sum(sizes[:2]) * 4 if stage == 3 and cuda else 0)
         ids = torch.randint(args.vocab, (args.batch, args.length), device=device)
         seconds, spread = _median_seconds(lambda: _step(model, optimizer, ids), device, args.repeats)
         say(f"{name:26s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {measured / 1e9:9.3f} {predicted / 1e9:9.3f}")
