@@ -624,7 +624,11 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
 
     batch 0: as many sequences as make 16384 tokens. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
     The ceiling is a large matrix product; for float32 on a GPU a third of its tf32 rate: float32 accuracy takes three.
+    Raises: ValueError for sizes below 1, and for what flash_attention does not take.
     """
+    if min(*lengths, *widths, heads, batch + 1) < 1:
+        raise ValueError(f"lengths, widths and heads must be at least 1, batch at least 0, got {lengths}, {widths}, "
+                         f"{heads} and {batch}")
     cuda, plain = torch.cuda.is_available(), functools.partial(plain_attention, is_causal=True)
     versions = {"plain": plain, "compiled": torch.compile(plain, dynamic=True), "ours": flash_attention,
                 "SDPA-FA2": _sdpa(SDPBackend.FLASH_ATTENTION), "SDPA-cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION)}
@@ -659,12 +663,17 @@ def main() -> int:
     cuda = torch.cuda.is_available()
     parser.add_argument("--lengths", type=int, nargs="+", default=[128 * 2**i for i in range(10)] if cuda else [1024])
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 32, 64, 128] if cuda else [64])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if cuda else ["float32"],
+                        choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--batch", type=int, default=0, help="default: as many sequences as make 16384 tokens")
     args = parser.parse_args()
     if args.bench:
-        bench(args.lengths, args.widths, [getattr(torch, name) for name in args.dtypes], args.heads, args.batch)
+        try:
+            bench(args.lengths, args.widths, [getattr(torch, name) for name in args.dtypes], args.heads, args.batch)
+        except ValueError as error:
+            print(f"flash_attn_triton.py: {error}", file=sys.stderr)
+            return 2
         return 0
     if triton is not None and not cuda and not _interpreted():
         print("No GPU: starting again with TRITON_INTERPRET=1, to run the Triton kernels on the CPU.\n", flush=True)

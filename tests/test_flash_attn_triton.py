@@ -264,6 +264,33 @@ def test_no_silent_fallback():
     assert "need a CUDA GPU" in done.stdout and "TRITON_INTERPRET=1" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--lengths", "64", "0"], "must be at least 1, batch at least 0, got [64, 0]"),
+    (["--widths", "-1"], "must be at least 1"),
+    (["--heads", "0"], "must be at least 1"),
+    (["--batch", "-1"], "batch at least 0"),
+    (["--dtypes", "int8"], "invalid choice: 'int8'"),
+])
+def test_a_mistake_on_the_command_line(monkeypatch, capsys, flags, message):
+    """One line that names it, exit code 2, and nothing timed. (argparse puts its usage before the line.)"""
+    monkeypatch.setattr(sys, "argv", ["flash_attn_triton.py", "--bench", *flags])
+    try:
+        code = flash.main()
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    assert code == 2 and message in said.err.splitlines()[-1] and not said.out, said
+
+
+def test_bench_prints_a_row_a_pass(monkeypatch, capsys):
+    """The columns of one small cell, untimed: three passes, a median each, and none of them nothing."""
+    monkeypatch.setattr(flash, "_median_ms", lambda function: function() is None or 1.5)
+    flash.bench([64], [16], [torch.float32], heads=2, batch=1)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[:4] for row in rows] == [["16", "64", "1", part] for part in ("forward", "backward", "both")]
+    assert all("1.500" in row[4:] and row[-1].endswith("%") for row in rows)
+
+
 def test_cost():
     """Hand count for T = 4, K = 2, one head: 2 products of 2*4*4*2 FLOPs; 4*16 + 4*8 numbers plain, 4*8 tiled."""
     assert flash.cost(1, 1, 4, 2, is_causal=False) == (128, 2 * 96, 2 * 32)
