@@ -59,10 +59,10 @@ class ModelConfig:
 
     def __post_init__(self):
         for name, kind in ModelConfig.__annotations__.items():
-            value = getattr(self, name)
-            fine = isinstance(value, int) and value > 0 or value is None and kind != int
-            if kind in (int, int | None) and not fine:
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}")
+            value, wanted = getattr(self, name), "number above 0" if kind is float else "whole number from 1"
+            if kind not in (str, bool, tuple) and not (
+                    isinstance(value, (kind, int)) and (value is None or 0 < value < math.inf)):
+                raise ValueError(f"{name} must be a {wanted}, got {value!r}")
         for name, allowed in (("norm", "pre post none"), ("positions", "rope none"), ("ffn", "swiglu silu"),
                               ("rope_layout", "interleaved half")):
             if getattr(self, name) not in allowed.split():
@@ -520,7 +520,7 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
         if graph and recorded is None and step >= max(2, min_new_tokens):      # step 1 has compiled its kernels
             recorded = torch.cuda.CUDAGraph()
             recorded.register_generator_state(generator)
-            with torch.cuda.graph(recorded):
+            with torch.cuda.device(device), torch.cuda.graph(recorded, stream=torch.cuda.Stream()):
                 write_token(step)
         write_token(step) if recorded is None else recorded.replay()
         if cuda and (step + 1) % 16 and step + 1 < steps:        # to look means to wait
@@ -544,20 +544,20 @@ def _extend(sample: Generation, ids: list[int], logprobs: list[float], limit: in
             stop_strings, decode) -> None:
     """Add new tokens to a sample. If one of them ends it, cut it there and fill in reason and text."""
     known, ids, logprobs = len(sample.ids), (sample.ids + ids)[:limit], sample.logprobs + logprobs
-    reach = max((len(s.encode()) for s in stop_strings), default=0)                     # a token is at least one byte
-    near = [s for s in stop_strings if s in decode(ids[max(0, known - reach):])]
+    start, reach = known, max(map(len, stop_strings), default=0)
+    while reach and start and len(decode(ids[start:known]).lstrip("\ufffd")) < reach:   # ids may be without text, or
+        start = max(0, 2 * start - known - reach)                                       # a part of a character
+    near = [s for s in stop_strings if s in decode(ids[start:])]
     passed = len(decode(ids[:min_new_tokens]).rstrip("\ufffd")) if near else 0          # half a character is no text
+    sample.finish_reason, end = "length" if len(ids) == limit else None, None
     for n in range(max(known, min_new_tokens) + 1, len(ids) + 1):
-        text = decode(ids[:n]) if near else ""
-        cuts = [at + len(s) for s in near if (at := text.find(s, max(0, passed - len(s) + 1))) >= 0]
+        cuts = [at + len(s) for s in near if (at := decode(ids[:n]).find(s, max(0, passed - len(s) + 1))) >= 0]
         if cuts or ids[n - 1] in stop_ids:
-            ids, sample.finish_reason, sample.text = ids[:n], "stop", text[:min(cuts)] if cuts else None
+            ids, sample.finish_reason, end = ids[:n], "stop", min(cuts, default=None)
             break
-    else:
-        sample.finish_reason = "length" if len(ids) == limit else None
     sample.ids, sample.logprobs = ids, logprobs[:len(ids)]
-    if sample.finish_reason and decode and sample.text is None:
-        sample.text = decode(ids)
+    if sample.finish_reason and decode:
+        sample.text = decode(ids)[:end]
 
 # ----------------------------------------------------------------------------------------------------- what it costs
 def count_parameters(model: ModelConfig | nn.Module) -> int:

@@ -552,7 +552,8 @@ def test_decode_attention_reads_each_row_up_to_its_position(H, G, K, S):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph")
 def test_graph_generates_the_same():
-    model = small(num_heads=2, num_kv_heads=1, head_dim=16, context_length=64).cuda()
+    device = torch.device("cuda", torch.cuda.device_count() - 1)      # not the current one, where there are several
+    model = small(num_heads=2, num_kv_heads=1, head_dim=16, context_length=64).to(device)
     for options in (dict(temperature=0), dict(temperature=0, stop_ids=range(0, 37, 3), min_new_tokens=3),
                     dict(seed=5, stop_ids=[1, 2]), dict(temperature=0, max_new_tokens=200)):
         eager, graph = (M.generate(model, PROMPTS * 3, num_samples=4, graph=yes, **{"max_new_tokens": 40} | options)
@@ -561,7 +562,8 @@ def test_graph_generates_the_same():
         if options.get("temperature") == 0:
             assert [g.ids for g in eager] == [g.ids for g in graph]
         for x in graph:
-            scores = model(torch.tensor([x.prompt_ids + x.ids[:64 - len(x.prompt_ids)]]).cuda())[0].log_softmax(-1)
+            ids = torch.tensor([x.prompt_ids + x.ids[:64 - len(x.prompt_ids)]], device=device)
+            scores = model(ids)[0].log_softmax(-1)
             want = [scores[len(x.prompt_ids) - 1 + i, t].item() for i, t in enumerate(x.ids)]
             np.testing.assert_allclose(x.logprobs, want, atol=1e-4)
 
@@ -586,11 +588,20 @@ def test_stop_strings():
     again = free[0].text.find(string, at - 2)                          # complete within the minimum: passed over
     assert later[0].ids == (free[0].ids if again < 0 else free[0].ids[:again + 3])
     # a token that holds the end of the stop string and more, and characters spread over several tokens
-    pieces = {0: "wör".encode()[:2], 1: "wör".encode()[2:], 2: b"xxEND!!", 3: b"E", 4: b"ND"}
+    # (the three bytes of a euro sign, 5, 6, 7), and ids without text (9: beyond the tokenizer's table) between them
+    pieces = {0: "wör".encode()[:2], 1: "wör".encode()[2:], 2: b"xxEND!!", 3: b"E", 4: b"ND", 9: b""}
+    pieces |= {5: b"\xe2", 6: b"\x82", 7: b"\xac"}
     say = lambda ids: b"".join(pieces[i] for i in ids).decode(errors="replace")
     for ids, strings, text, count in [([0, 1, 2, 0], ["END"], "wörxxEND", 3), ([0, 1, 2], ["ör"], "wör", 2),
-                                      ([3, 3, 4, 2], ["END", "EEND"], "EEND", 3), ([0, 1, 0, 1], ["ö"], "wö", 2)]:
-        for known in (0, count - 1):
+                                      ([3, 3, 4, 2], ["END", "EEND"], "EEND", 3), ([0, 1, 0, 1], ["ö"], "wö", 2),
+                                      ([2, 3] + [9] * 40 + [4, 0], ["END"], "xxEND", 1),
+                                      ([1, 3, 3] + [9] * 40 + [4, 0], ["EEND"], "\ufffdrEEND", 44),
+                                      ([0, 9, 9, 9, 9, 9, 1], ["wör"], "wör", 7), ([9] * 9 + [3, 4], ["ND"], "END", 11),
+                                      ([3, 5, 6, 9, 9, 9, 7, 3, 4], ["€EN"], "E€EN", 9),
+                                      ([0, 1, 3, 5] + [9] * 4 + [6] + [9] * 3 + [7, 3, 4], ["€EN"], "wörE€EN", 15),
+                                      ([3] + [9] * 8 + [0, 1], ["Ewö"], "Ewö", 11),
+                                      ([2], ["END!", "xE"], "xxE", 1)]:
+        for known in range(count):
             sample = M.Generation([0], ids[:known], [-1.0] * known)
             M._extend(sample, ids[known:], [-1.0] * (len(ids) - known), 99, 0, set(), strings, say)
             assert (sample.text, len(sample.ids), sample.finish_reason) == (text, count, "stop")
@@ -698,6 +709,7 @@ def test_an_old_llama_config(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "attention_bias"):
         del config[name]
+    config["rope_theta"] = 10_000                                       # a whole number is a number too
     (tmp_path / "config.json").write_text(json.dumps(config))
     tensors = M.read_safetensors(tmp_path / "model.safetensors")        # mapped: the file must not be written over
     M.write_safetensors(tmp_path / "new", tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
@@ -765,7 +777,11 @@ def damaged(folder: Path, what: str) -> None:
      "no type": lambda: config.write_text("{}"), "other width": lambda: change(hidden_size=20),
      "odd heads": lambda: change(num_key_value_heads=3), "deeper": lambda: change(num_hidden_layers=3),
      "shallower": lambda: change(num_hidden_layers=1), "gelu": lambda: change(hidden_act="gelu"),
-     "string": lambda: change(hidden_size="sixteen"),
+     "string": lambda: change(hidden_size="sixteen"), "eps a string": lambda: change(rms_norm_eps="small"),
+     "eps null": lambda: change(rms_norm_eps=None), "eps nan": lambda: change(rms_norm_eps=math.nan),
+     "eps infinite": lambda: change(rms_norm_eps=math.inf),
+     "eps negative": lambda: change(rms_norm_eps=-1e-5),
+     "theta 0": lambda: change(rope_parameters={"rope_type": "default", "rope_theta": 0}),
      "yarn": lambda: change(rope_parameters={"rope_type": "yarn", "factor": 2}),
      "biases": lambda: change(attention_bias=True), "no vocabulary": lambda: config.write_text(
          json.dumps({k: v for k, v in values.items() if k != "vocab_size"}))}[what]()
@@ -776,7 +792,8 @@ def damaged(folder: Path, what: str) -> None:
     "huge header",
     "not a table", "nested", "dtype", "shape", "negative", "overlap", "name", "config not json", "config a list",
     "foreign", "no type",
-    "other width", "odd heads", "deeper", "shallower", "gelu", "string", "yarn", "biases", "no vocabulary"])
+    "other width", "odd heads", "deeper", "shallower", "gelu", "string", "yarn", "biases", "no vocabulary",
+    "eps a string", "eps null", "eps nan", "eps infinite", "eps negative", "theta 0"])
 def test_a_damaged_or_foreign_checkpoint_gets_one_clear_line(what, tmp_path):
     shutil.copytree(FIXTURES / "model_llama", tmp_path / "x")
     damaged(tmp_path / "x", what)
