@@ -675,9 +675,16 @@ def explain(setup: Setup) -> None:
 # ------------------------------------------------------------------------------ 5. how fast, and why
 
 def bench(setup: Setup) -> None:
-    """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here."""
-    args, config, device, ranks, say = setup.args, setup.config, setup.device, setup.ranks, setup.say
-    cuda, B, T = device.type == "cuda", config.batch_size // ranks, config.context_length
+    """Times forward, forward+backward and whole steps on random tokens, beside the matrix products measured here.
+    Raises: ValueError for flags, and OSError for folders, that cannot be."""
+    args, c, device, ranks, say = setup.args, setup.config, setup.device, setup.ranks, setup.say
+    cuda, low, B, T = device.type == "cuda", c.precision == "autocast", c.batch_size // ranks, c.context_length
+    if args.repeats < 1 or args.warmup < 0:
+        raise ValueError(f"--repeats must be at least 1 and --warmup at least 0, got {args.repeats} and {args.warmup}")
+    if args.memory_snapshot and not cuda:
+        raise ValueError(f"--memory-snapshot is of CUDA's memory, and this is {device}; leave it out")
+    for folder in filter(None, (args.profile, args.memory_snapshot)):
+        folder.mkdir(parents=True, exist_ok=True)
     n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     ceiling = ranks * 2 * n ** 3 / np.median(measure(lambda: a @ b, cuda, 5, 15))
@@ -687,19 +694,16 @@ def bench(setup: Setup) -> None:
         f"{args.recompute} | {ranks} x {torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__} | "
         f"ceiling {ceiling / 1e12:.2f} TFLOP/s ({dtype} product of {n})\n"
         "mode                mean ms     std    median    tokens/s  TFLOP/s of ceiling  peak GB")
-    tokens = np.random.default_rng(config.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint32)
-    generator = torch.Generator().manual_seed(config.seed + setup.rank)
+    tokens = np.random.default_rng(c.seed).integers(0, setup.model_config.vocab_size, 1 << 22, dtype=np.uint32)
+    generator = torch.Generator().manual_seed(c.seed + setup.rank)
     for mode in args.modes:
-        model = setup.model()
-        optimizer, wrapper = setup.join(model)
+        optimizer, wrapper = setup.join(model := setup.model())
 
-        def one() -> None:
+        def one() -> Tensor | None:
             x, y = get_batch(tokens, B, T, device, generator)
             if mode == "step":
-                training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, config, wrapper)
-                return
-            low = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "autocast")
-            with torch.set_grad_enabled(mode != "forward"), low:
+                return training_step(model, optimizer, [(x, y)], setup.loss_fn, setup.clip, c, wrapper)
+            with torch.set_grad_enabled(mode != "forward"), torch.autocast(device.type, torch.bfloat16, low):
                 loss = setup.loss_fn(model, x, y)
             if mode == "forward+backward":
                 loss.backward()
@@ -710,22 +714,19 @@ def bench(setup: Setup) -> None:
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        if args.memory_snapshot:
-            torch.cuda.memory._record_memory_history()
+            torch.cuda.memory._record_memory_history("all" if args.memory_snapshot else None)
         times = measure(one, cuda, args.warmup, args.repeats)
-        seconds = np.median(times)
+        seconds, memory = np.median(times), memory_in_use(device)
         rate = causal * (1 if mode == "forward" else 3) / seconds
         say(f"{mode:17s} {np.mean(times) * 1e3:9.2f} {np.std(times) * 1e3:7.2f} {seconds * 1e3:9.2f} "
-            f"{ranks * B * T / seconds:11,.0f} {rate / 1e12:8.2f} {rate / ceiling:10.1%} "
-            f"{memory_in_use(device) / 1e9:8.2f}")
+            f"{ranks * B * T / seconds:11,.0f} {rate / 1e12:8.2f} {rate / ceiling:10.1%} {memory / 1e9:8.2f}")
         if args.profile:
             with torch.profiler.profile() as profile:
                 measure(one, cuda, 0, 1)
-            say(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25,
-                                             max_name_column_width=60))
-            profile.export_chrome_trace(str(Path(args.profile) / f"trace-{mode}-{setup.rank}.json"))
+            say(profile.key_averages().table(sort_by=f"self_{'cuda' if cuda else 'cpu'}_time_total", row_limit=25))
+            profile.export_chrome_trace(str(args.profile / f"trace-{mode}-{setup.rank}.json"))
         if args.memory_snapshot:
-            torch.cuda.memory._dump_snapshot(str(Path(args.memory_snapshot) / f"memory-{mode}.pickle"))
+            torch.cuda.memory._dump_snapshot(str(args.memory_snapshot / f"memory-{mode}-{setup.rank}.pickle"))
 
 def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list[float]:
     """Seconds of each of `repeats` calls after `warmup` ones; on a GPU without waits between them, as in a real run."""
@@ -762,10 +763,9 @@ def main() -> int:
     add("--recompute", type=int, default=0, metavar="K", help="keep activations only at every K-th block")
     add("--recompute-hidden", type=int, default=0, metavar="N", help="fsdp: keep no feed-forward products of N blocks")
     add("--benchmark", choices=list(SIZES), help="time a model of this size instead of training")
-    modes = ["forward", "forward+backward", "step"]
-    add("--modes", nargs="+", choices=modes, default=modes)
-    add("--profile", metavar="DIR", help="with --benchmark: print torch.profiler's table and write its trace")
-    add("--memory-snapshot", metavar="DIR", help="with --benchmark: write CUDA's memory history")
+    add("--modes", nargs="+", choices=(modes := ["forward", "forward+backward", "step"]), default=modes)
+    add("--profile", metavar="DIR", type=Path, help="with --benchmark: print torch.profiler's table, write its trace")
+    add("--memory-snapshot", metavar="DIR", type=Path, help="with --benchmark: write CUDA's memory history")
     add("--explain", action="store_true", help="say what a step does, and stop")
     for name, default in dict(prompt="def get(self", sample_tokens=200, temperature=0.7, top_p=0.95, warmup=5,
                               repeats=10).items():

@@ -534,6 +534,10 @@ class CountProducts(TorchDispatchMode):
     (["--micro-batch-size", "3"], "does not divide"),
     (["--device", "abacus"], "device 'abacus' is not there"),
     (["generate", "--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["--benchmark", "small", "--repeats", "0"], "--repeats must be at least 1"),
+    (["--benchmark", "small", "--warmup", "-1"], "--warmup at least 0, got 10 and -1"),
+    (["--benchmark", "small", "--memory-snapshot", "."], "--memory-snapshot is of CUDA's memory"),
+    (["--benchmark", "small", "--profile", __file__], "File exists"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path, flags, message):
     done = run(command(corpus, tmp_path / "run", *flags), cwd=tmp_path)
@@ -554,6 +558,9 @@ def test_generate_export_compare_explain_and_benchmark(corpus, tmp_path):
     told = run([sys.executable, str(ROOT / "train.py"), "--explain"])
     assert told.returncode == 0 and "ln 4096 = 8.32" in told.stdout, told.stderr
     timed = run(command(corpus, tmp_path / "run", "--benchmark", "small", "--d-model", "32", "--num-heads", "2",
-                        "--num-layers", "1", "--warmup", "1", "--repeats", "2"))
-    rows = [line.split()[0] for line in timed.stdout.splitlines()[2:]]
-    assert rows == ["forward", "forward+backward", "step"], timed.stdout + timed.stderr
+                        "--num-layers", "1", "--warmup", "0", "--repeats", "1", "--profile", str(tmp_path / "a/b")))
+    rows = [line.split() for line in timed.stdout.splitlines()]
+    modes = [row[0] for row in rows if len(row) == 8 and row[6].endswith("%")]
+    assert modes == ["forward", "forward+backward", "step"], timed.stdout + timed.stderr
+    for mode in modes:                                                    # folders that were missing are made
+        assert "traceEvents" in json.loads((tmp_path / f"a/b/trace-{mode}-0.json").read_text())
