@@ -622,9 +622,9 @@ def _sdpa(backend: SDPBackend):
 def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], heads: int = 16, batch: int = 0) -> None:
     """Median ms of forward, backward and both, causal, beside what one would use instead.
 
-    batch 0: as many sequences as make 16384 tokens. TFLOP/s count the causal half: 2 matrix products forward, 5 back.
-    The ceiling is a large matrix product; for float32 on a GPU a third of its tf32 rate: float32 accuracy takes three.
-    Raises: ValueError for sizes below 1, and for what flash_attention does not take.
+    batch 0: as many sequences as make 16384 tokens; on a CPU one. TFLOP/s count the causal half: 2 matrix products
+    forward, 5 back. The ceiling is a large matrix product; for float32 on a GPU a third of its tf32 rate: float32
+    accuracy takes three. Raises: ValueError for sizes below 1, and for what flash_attention does not take.
     """
     if min(*lengths, *widths, heads, batch + 1) < 1:
         raise ValueError(f"lengths, widths and heads must be at least 1, batch at least 0, got {lengths}, {widths}, "
@@ -652,7 +652,8 @@ def bench(lengths: list[int], widths: list[int], dtypes: list[torch.dtype], head
             cells = {name: _times(attention, q, k, v, do) for name, attention in versions.items()}
             for i, (part, share) in enumerate((("forward", 1.0), ("backward", 2.5), ("both", 3.5))):
                 row = "".join(f"{x[i]:>11}" if isinstance(x[i], str) else f"{x[i]:11.3f}" for x in cells.values())
-                rate = share * cost(B, heads, T, K)[0] / cells["ours"][i] / 1e9
+                ours = cells["ours"][i]
+                rate = math.nan if isinstance(ours, str) else share * cost(B, heads, T, K)[0] / ours / 1e9
                 print(f"{K:4d} {T:6d} {B:4d} {part:8}{row} {rate:14.1f} {rate / ceiling:11.0%}", flush=True)
 
 def main() -> int:
@@ -671,7 +672,7 @@ def main() -> int:
     if args.bench:
         try:
             bench(args.lengths, args.widths, [getattr(torch, name) for name in args.dtypes], args.heads, args.batch)
-        except ValueError as error:
+        except (ValueError, torch.OutOfMemoryError) as error:
             print(f"flash_attn_triton.py: {error}", file=sys.stderr)
             return 2
         return 0

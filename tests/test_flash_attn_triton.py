@@ -289,6 +289,9 @@ def test_bench_prints_a_row_a_pass(monkeypatch, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[:4] for row in rows] == [["16", "64", "1", part] for part in ("forward", "backward", "both")]
     assert all("1.500" in row[4:] and row[-1].endswith("%") for row in rows)
+    monkeypatch.setattr(flash, "_times", lambda *args: ["memory"] * 3)              # no time, so no rate
+    flash.bench([64], [16], [torch.float32], heads=2, batch=1)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-4:] == ["memory", "memory", "nan", "nan%"]
 
 
 def test_cost():
