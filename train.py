@@ -754,7 +754,7 @@ def main() -> int:
     add("--checkpoint", help="generate, export: default RUN_DIR/last.pt")
     add("--optimizer", choices=["adamw", "muon"], default="adamw")
     add("--update", choices=["loop", "foreach", "triton"], default="foreach", help="AdamW's way over the parameters")
-    add("--moments", choices=["fp32", "bf16"], default="fp32", help="AdamW's, in memory; it computes in fp32")
+    add("--moments", choices=["fp32", "bf16"], default="fp32", help="AdamW's; triton computes in fp32 all the same")
     add("--parallel", choices=["none", "ddp", "zero1", "fsdp"], default="none", help="under torchrun")
     add("--device", default="auto", help="auto takes cuda, then mps, then cpu")
     add("--attention", choices=["plain", "sdpa", "cudnn", "triton"], default="sdpa")
