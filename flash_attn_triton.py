@@ -11,10 +11,10 @@ Copy:       this file alone; needs torch, and triton 3.6 or newer for the kernel
 Run:        python flash_attn_triton.py
             FlashAttentionTriton: O, dQ, dK, dV equal plain attention in float64 to 3.1e-07  OK
             python flash_attn_triton.py --bench   (forward + backward, ms; one H200, torch 2.11, triton 3.6, bfloat16)
-              B  H     T    K    ours  SDPA-FA2  SDPA-cuDNN          B  H     T    K    ours  SDPA-FA2
-              1 16 16384   64    4.78      7.04        4.42         16 16  1024   64    0.46      0.75
-              4 16  4096  128    2.28      3.60        1.89         64 16   256   64    0.28      0.43
-              1 32 32768  128    64.5      94.2        55.4        128 16   128   64    0.29      0.39
+              B  H     T   K   ours  SDPA-FA2  SDPA-cuDNN        B  H     T   K   ours  SDPA-FA2  SDPA-cuDNN
+              1 16 16384  64   4.71      7.09        4.42        1 16 16384  16   2.96      5.11        4.14
+              4 16  4096 128   2.22      3.58        1.88        1 16 16384  32   3.35      4.90        4.19
+              1 32 32768 128   64.4      94.5        55.4       16 16  1024  64   0.46      0.75        0.47
             The long ones draw all of the GPU's 700 W and slow its clock: work costs time even where it overlaps, and
             two backward kernels do seven products for five. The short ones wait for Python: 45 us forward, 270 both.
 """

@@ -12,6 +12,8 @@ Run:        python optim.py
               step 1: m 0.2000  v 0.0400  corrected 2.0000 / sqrt 4.0000  decay 0.0100  p 1.0000 -> 0.8900
               singular values after 5 Newton-Schulz steps: 1.119, 0.712, 0.699
             all agree with torch, and Newton-Schulz with an SVD, to 8.6e-07  OK
+            python optim.py --bench --device cuda   (162M parameters in fp32, one H200, torch 2.11; ms a step)
+              AdamW plain 8.83, foreach 3.95, triton 1.10, which moves 4.1 TB/s; torch's 8.29, its fused one 1.30
 """
 import argparse
 import itertools
