@@ -129,9 +129,9 @@ def get_response_log_probs_chunked(
     where = torch.ones_like(labels, dtype=torch.bool) if response_mask is None else response_mask.bool()
     parts = [checkpoint(head_log_probs, model.lm_head, rows, targets, return_token_entropy, use_reentrant=False)
              for rows, targets in zip(hidden[where].split(chunk_tokens), labels[where].split(chunk_tokens))]
-    values = zip(("log_probs", "token_entropy"), (torch.cat(x) for x in zip(*parts)))    # nothing splits into 1 chunk
-    zeros = torch.zeros(labels.shape, dtype=parts[0][0].dtype, device=labels.device)
-    return {key: zeros.masked_scatter(where, x) for key, x in values if key == "log_probs" or return_token_entropy}
+    flat = (torch.cat(x) for x in zip(*parts))             # a value a place in `where`; of no place, one empty chunk
+    log_probs, entropy = (torch.zeros_like(labels, dtype=x.dtype).masked_scatter(where, x) for x in flat)
+    return {"log_probs": log_probs} | ({"token_entropy": entropy} if return_token_entropy else {})
 
 def masked_normalize(tensor: Tensor, mask: Tensor, dim: int | None = None, normalize_constant: float = 1.0) -> Tensor:
     """Sum under the mask (along `dim`, or of all), divided by a constant; an empty mask gives 0. What is masked out is
@@ -218,14 +218,12 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     B' (the last one said), a text that starts with the letter, a letter in brackets.
     Example: 'The correct answer is B. There is ...' -> 'B'; 'The correct answer is 10000.' -> None"""
     letters = "ABCD"[:len(mmlu_example.get("options") or "ABCD")]
-    said = re.findall(rf"\b(?i:answer|option|choice)\s*(?:is|:)?\s*[:\"'(*]*([{letters}])(?![\w'])(?! [a-z])",
-                      model_output)
-    if said:
+    if said := re.findall(rf"\b(?i:answer|option|choice)\s*(?:is|:)?\s*[:\"'(*]*([{letters}])(?![\w'])(?! [a-z])",
+                          model_output):
         return said[-1]
     for pattern in (rf"\s*[\"'(*]*([{letters}])(?=[.):,*\"']|\s*$|\n)", rf".*\(([{letters}])\)"):
-        match = re.match(pattern, model_output, re.DOTALL)
-        if match:
-            return match.group(1)
+        if match := re.match(pattern, model_output, re.DOTALL):
+            return match[1]
     return None
 
 # ---------------------------------------------------------------- preference tuning: DPO
@@ -432,14 +430,14 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
     Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean
     length in tokens of all, right and wrong answers, where there are any; examples_per_second of generation.
     """
-    started, prompt_ids = time.perf_counter(), [encode(tokenizer, p["prompt"]) for p in problems]
-    answers = engine.generate(prompt_ids, **settings)
+    started = time.perf_counter()
+    answers = engine.generate([encode(tokenizer, p["prompt"]) for p in problems], **settings)
     summary: dict[str, float] = {"examples_per_second": len(problems) / (time.perf_counter() - started)}
     rows = [{"prompt": p["prompt"], "response": a.text, "truth": p["answer"], **reward_fn(a.text, p["answer"]),
              "length": len(a.ids)} for p, a in zip(problems, answers)]
     for start in range(0, len(rows) if model is not None else 0, 64):
         part = slice(start, start + 64)
-        batch = collate(prompt_ids[part], [a.ids for a in answers[part]], end_of_text_id(tokenizer))
+        batch = collate(*zip(*((a.prompt_ids, a.ids) for a in answers[part])), end_of_text_id(tokenizer))
         ids, labels, masks = (x.to(device_of(model)) for x in batch.values())
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
@@ -475,8 +473,8 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
     per_epoch, best, result = max(1, len(examples) // batch_size), None, {}
     total, started = max(1, round(epochs * per_epoch)), time.perf_counter()
     for step in range(total):
-        epoch, at = divmod(step, per_epoch)
-        order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
+        if (at := step % per_epoch) == 0:
+            order = random.Random(f"{seed} {step // per_epoch}").sample(examples, len(examples))
         batch, rate, loss = order[at * batch_size:(at + 1) * batch_size], schedule(step, total), 0.0
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -595,11 +593,12 @@ def main(argv: list[str] | None = None) -> int:
                            ("engine", "torch", "vllm"), ("dtype", "float32", "bfloat16"),
                            ("device", *["cuda"] * torch.cuda.is_available(), "cpu")):
         add("--" + name, default=choices[0], choices=choices)
-    for name, kind, default in (
-            ("epochs", float, None), ("batch-size", int, 32), ("micro-batch-size", int, 32), ("lr", float, None),
-            ("beta", float, 0.1), ("seq-length", int, 128), ("max-tokens", int, 64), ("temperature", float, 1.0),
-            ("limit", int, 256), ("eval-every", int, 0), ("base-steps", int, 800), ("seed", int, 0)):
-        add("--" + name, type=kind, default=default)
+    for name, kind, default, *about in (
+            ("epochs", float, None, "default 3; instruct, dpo: 1"), ("lr", float, None, "default 1e-3; dpo: 1e-4"),
+            ("batch-size", int, 32), ("micro-batch-size", int, 32), ("beta", float, 0.1), ("temperature", float, 1.0),
+            ("limit", int, 256, "problems in an evaluation, default 256"), ("max-tokens", int, 64), ("seed", int, 0),
+            ("eval-every", int, 0, "steps, default at the end"), ("seq-length", int, 128), ("base-steps", int, 800)):
+        add("--" + name, type=kind, default=default, help=about[0] if about else f"default {default}")
     add("--explain", action="store_true", help="walk through a tiny batch and check the file")
     add("--bench", action="store_true")
     args = parser.parse_args(argv)
@@ -622,8 +621,9 @@ def run(args: argparse.Namespace) -> None:
     import grpo
     import model as model_py
     import optim
-    if min(args.batch_size, args.micro_batch_size, args.seq_length, args.limit) < 1 or (args.epochs or 1) <= 0:
-        raise ValueError("--batch-size, --micro-batch-size, --seq-length, --limit and --epochs must be above 0")
+    positive = "batch_size micro_batch_size seq_length max_tokens limit base_steps epochs lr beta".split()
+    if wrong := [name for name in positive if getattr(args, name) is not None and not getattr(args, name) > 0]:
+        raise ValueError(" and ".join("--" + name.replace("_", "-") for name in wrong) + " must be above 0")
     home, (folder, data, valid, epochs, lr) = f"out/arithmetic-{args.seed}", DEFAULTS[args.action]
     if not args.model and not os.path.exists(f"{home}/base/config.json"):
         print(f"{home}/base: training the base model from scratch")
@@ -634,7 +634,8 @@ def run(args: argparse.Namespace) -> None:
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
-    engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
+    if args.action in ("sft", "eval"):                                  # those that write answers
+        engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
     optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     sampling = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
     tune = functools.partial(
@@ -682,11 +683,10 @@ def evaluate_task(args, engine, tokenizer, model, data: str, sampling: dict, grp
             prompts = [ALPACA_TEMPLATE.format(prompt=row[key], response="") for row in rows[:args.limit]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{data}: {error!r}; expected a list of entries with {key!r}") from None
-        texts = [a.text for a in engine.generate([encode(tokenizer, prompt) for prompt in prompts], **sampling)]
-        rows = [{key: row[key], "output": text} for row, text in zip(rows, texts)]
-        about = {"generator": args.model or "twelve", "dataset": "alpaca_eval"}
-        write_text(out, json.dumps([row | about for row in rows], indent=1) if alpaca else
-                   "".join(json.dumps(row) + "\n" for row in rows))
+        answers = engine.generate([encode(tokenizer, prompt) for prompt in prompts], **sampling)
+        about, kept = {"generator": args.model or "twelve"} if alpaca else {}, (key, "dataset")
+        rows = [{k: row[k] for k in kept if k in row} | {"output": a.text} | about for row, a in zip(rows, answers)]
+        write_text(out, json.dumps(rows, indent=1) if alpaca else "".join(json.dumps(row) + "\n" for row in rows))
         return {"answers": len(rows)}
     reward, template, stop = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE, ["</answer>"]),
                               "boxed": (grpo.question_only_reward, "{question}", []), "mmlu": (mmlu_reward, "", []),

@@ -434,7 +434,9 @@ class FakeEngine:
     def generate(self, prompts, **settings):
         from types import SimpleNamespace
 
-        return [SimpleNamespace(text=t, ids=self.tokenizer.encode(t)) for t in self.texts[: len(prompts)]]
+        return [
+            SimpleNamespace(text=t, ids=self.tokenizer.encode(t), prompt_ids=p) for p, t in zip(prompts, self.texts)
+        ]
 
 
 def test_log_generations(policy, tokenizer, tmp_path):
@@ -592,7 +594,9 @@ def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task)
         {
             "mmlu": "Q,a,b,c,d,B\n",
             "safety": "id,prompts_final\n1,Be kind?\n",
-            "alpaca-eval": json.dumps([{"instruction": "Hi", "dataset": "x"}]),
+            "alpaca-eval": json.dumps(
+                [{"instruction": "Hi", "dataset": "x", "output": "reference", "generator": "another"}]
+            ),
         }.get(task, json.dumps({"question": "1+1?", "answer": "#### 2"}) + "\n")
     )
     code, text, _ = run(
@@ -601,15 +605,26 @@ def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task)
     assert code == 0 and "engine: torch" in text
     result = json.loads(text.strip().splitlines()[-1].removeprefix("RESULT "))
     if task == "alpaca-eval":
-        assert [sorted(row) for row in json.loads(out.read_text())] == [
-            ["dataset", "generator", "instruction", "output"]
-        ]
+        (row,) = json.loads(out.read_text())
+        assert sorted(row) == ["dataset", "generator", "instruction", "output"]
+        assert row["generator"] == str(folder) and row["dataset"] == "x" and row["output"] != "reference"
     elif task == "safety":
         assert json.loads(out.read_text())["prompts_final"] == "Be kind?" and "output" in json.loads(out.read_text())
     else:
         assert (
             result["count_11"] + result["count_10"] + result["count_00"] == 1 and len(out.read_text().splitlines()) == 1
         )
+
+
+def test_eval_of_a_prompt_longer_than_the_context(folder, tmp_path, capsys):
+    context = model_py.load_hf(folder).config.context_length
+    (tmp_path / "d.jsonl").write_text(json.dumps({"question": "1+1? " * context, "answer": "#### 2"}) + "\n")
+    code, text, err = run(
+        capsys, "eval", "--model", folder, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "o", "--max-tokens", 5
+    )
+    assert code == 0, err
+    (row,) = map(json.loads, (tmp_path / "o").read_text().splitlines())
+    assert row["entropy"] > 0 and row["length"] <= 5 and len(row["prompt"]) > 5 * context  # logged whole, read cut
 
 
 @pytest.mark.parametrize(
@@ -661,7 +676,8 @@ def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, row
             ("eval", "--model", "MODEL", "--data", __file__, "--task", "safety"),
             "expected a list of entries with 'prompts_final'",
         ),
-        (("sft", "--epochs", "-1"), "above 0"),
+        (("sft", "--epochs", "-1"), "--epochs must be above 0"),
+        (("eval", "--max-tokens", "0", "--lr", "nan"), "--max-tokens and --lr must be above 0"),
         (("dpo", "--model", "MODEL", "--data", __file__), "expected a JSON object"),
     ],
 )
