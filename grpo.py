@@ -7,7 +7,7 @@ Source:     Shao et al. 2024, arXiv:2402.03300 (GRPO); DeepSeek-AI 2025, arXiv:2
             Zheng et al. 2025, arXiv:2507.18071 (GSPO); Anthony et al. 2017, arXiv:1705.08439 (expert iteration).
 Deviations: 1. No KL term, as in Dr. GRPO and DAPO. 2. An answer whose advantage is 0 has no gradient; it is counted and
             not computed. 3. The logged entropy is E[-log p] over the sampled tokens, not a sum over the vocabulary.
-Copy:       this file alone; needs torch. run(), open_engine() and train_grpo() import siblings. MIT.
+Copy:       this file alone; needs torch. run(), table(), open_engine() and train_grpo() import siblings. MIT.
 Run:        python grpo.py     trains the embedded model; --model FOLDER --data FILE the real one
             python grpo.py --explain
             truth 0.5 | </think> <answer> 50% </answer>                  reward 1  advantage +0.8660
@@ -76,8 +76,7 @@ def normalize_answer(text: str) -> str:
 
 def parse_number(text: str) -> tuple[Fraction, str] | None:
     """(value, unit) of a normalized number, or None. '1 1/2 cm' -> (3/2, 'cm'); '50%' -> (50, '%'); '2x' -> None."""
-    match = NUMBER.match(text)
-    if not match or len(text) > MAX_ANSWER:
+    if len(text) > MAX_ANSWER or not (match := NUMBER.match(text)):
         return None
     part = {name: (text or "").replace(",", "").rstrip(".") for name, text in match.groupdict().items()}
     try:
@@ -405,11 +404,12 @@ class GRPOConfig:
     def __post_init__(self):
         allowed = {"algorithm": ("grpo", "expert-iteration"), "loss_type": tuple(LOSS_TYPES),
                    "length_normalization": ("sequence", "token", "constant")}
-        for name, value in asdict(self).items():
-            if value not in allowed.get(name, (value,)):
+        for name, kind in GRPOConfig.__annotations__.items():
+            value, least = getattr(self, name), {"seed": -math.inf, "checkpoint_every": 0}.get(name, int(kind is int))
+            if name in allowed and value not in allowed[name]:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(allowed[name])}")
-            if type(value) is int and name not in ("seed", "checkpoint_every") and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if kind in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least} and finite, got {value}")
         for name in ("group_size", "train_batch_size"):
             if self.rollout_batch_size % (divisor := getattr(self, name)):
                 raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
@@ -541,8 +541,8 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 "train_tok/s": sums["trained"] / train_seconds,
                 "train_tflop/s": sums["trained"] * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
-        if not math.isfinite(line["loss"]):
-            raise ValueError(f"step {step + 1} has loss {line['loss']}. Lower the learning rate; last state: {last}")
+        if broken := {key: line[key] for key in ("loss", "gnorm", "entropy") if not math.isfinite(line[key])}:
+            raise ValueError(f"step {step + 1} has {broken}. Lower the learning rate; last state: {last}")
         due, every = step + 1 == config.steps, config.checkpoint_every
         record(line | (evaluate() if due or (step + 1) % config.eval_every == 0 else {}))
         if last and every and (due or (step + 1) % every == 0):
@@ -588,16 +588,16 @@ def bench(seconds: float = 1.0) -> None:
 
 def table(run_dirs: list[str]) -> None:
     """A line a run: held-out accuracy before and after, a curve of the rewards, entropy and length, seconds."""
+    from sft import read_json_lines
     form = "{:28s} {:>14s} {:>14s} {:>14s} {:>12s}  {:20s} {:>7}".format
     print(form("run", "sampled", "greedy", "entropy", "length", "reward", "seconds"))
     for folder in run_dirs:
-        with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-            lines = [json.loads(line) for line in file]
+        lines = read_json_lines(os.path.join(folder, "log.jsonl"))
         steps, shown = [x for x in lines if "reward" in x], []
         for key, digits in (("accuracy", ".3f"), ("greedy", ".3f"), ("entropy", ".3f"), ("length", ".1f")):
             values = [x[key] for x in lines if key in x]
             shown.append(f"{values[0]:{digits}} -> {values[-1]:{digits}}" if values else "")
-        curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20))
+        curve = "".join(" ▁▂▃▄▅▆▇█"[round(8 * steps[i * (len(steps) - 1) // 19]["reward"])] for i in range(20) if steps)
         print(form(folder[-28:], *shown, curve, round(sum(x["rollout_s"] + x["train_s"] for x in steps))))
 
 EMBEDDED = dict(steps=100, lr=1e-4, max_tokens=64, eval_every=20)       # the defaults without --model
@@ -617,8 +617,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of products in training, and of rollouts")
     add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
     add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
-    add("--eval-size", type=int, default=256)
-    add("--resume", action="store_true")
+    add("--eval-size", type=int, default=256, help="held-out problems asked every --eval-every steps, default 256")
+    add("--resume", action="store_true", help="go on from the run's last checkpoint, if there is one")
     add("--explain", action="store_true", help="one group of answers with its numbers, and the check")
     add("--bench", action="store_true", help="time the grader")
     add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
@@ -657,7 +657,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         raise ValueError("the SFT model could not be made")
     problems = sft.read_problems(data, boxed=balanced_box)
     valid = args.valid or (None if args.data else f"{home}/base/data/valid.jsonl")
-    held_out = (sft.read_problems(valid, boxed=balanced_box) if valid else problems[::20])[:args.eval_size]
+    held_out = (sft.read_problems(valid, boxed=balanced_box) if valid else problems[::20])[:max(0, args.eval_size)]
     problems = problems if valid else [p for i, p in enumerate(problems) if i % 20]
     model = model_py.load_hf(source, device=device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)

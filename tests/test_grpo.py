@@ -506,6 +506,11 @@ def test_rollouts_in_another_dtype_have_a_gap_and_follow_the_trainer():
         (dict(cliprange=2.0), "cliprange"),
         (dict(importance_cap=2.0, temperature=0.7), "1 with importance_cap"),
         (dict(temperature=0.0), "above 0"),
+        (dict(temperature=math.inf), "temperature must be at least 0 and finite"),
+        (dict(lr=math.nan), "lr must be at least 0"),
+        (dict(importance_cap=-1.0), "importance_cap must be at least 0"),
+        (dict(advantage_eps=-1e-6), "advantage_eps must be at least 0"),
+        (dict(checkpoint_every=-1), "checkpoint_every must be at least 0"),
     ],
 )
 def test_config_refuses(change, message):
@@ -519,6 +524,10 @@ def test_too_few_problems_and_a_loss_that_is_not_finite():
         train(grpo.GRPOConfig(**SMALL | dict(group_size=1)), run)
     with pytest.raises(ValueError, match="Lower the learning rate"):
         train(grpo.GRPOConfig(**SMALL), run, reward_fn=lambda r, t: {"reward": float("nan") if r < "P" else 1.0})
+    broken = make_run()
+    broken[0].ln_final.weight.data.fill_(math.nan)  # what a rate far too high leaves; the loss of no signal is 0
+    with pytest.raises(ValueError, match="step 1 has {'entropy': nan}. Lower the learning rate"):
+        train(grpo.GRPOConfig(**SMALL), broken, reward_fn=lambda r, t: {"reward": 0.0})
 
 
 @pytest.mark.parametrize(
@@ -529,8 +538,16 @@ def test_micro_batches(lengths, limit, groups):
     assert grpo.micro_batches(lengths, limit) == groups
 
 
-def test_command_line_says_one_line(capsys):
+def test_table_of_a_run_that_has_just_begun(tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "accuracy": 0.25}\n')
+    assert grpo.main(["--table", str(tmp_path)]) == 0
+    assert "0.250 -> 0.250" in capsys.readouterr().out
+
+
+def test_command_line_says_one_line(capsys, tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
     for argv, message in (
+        (["--table", str(tmp_path)], "log.jsonl holds no examples"),
         (["--group-size", "7"], "multiple of group_size"),
         (["--model", "/nowhere"], "cannot read"),
         (["--table", "/nowhere"], "No such file"),

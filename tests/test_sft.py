@@ -564,6 +564,18 @@ def test_dpo_loop_keeps_the_best(tokenizer):
     assert before < seen[-1][0]  # the policy has come to prefer the chosen ones
 
 
+def test_every_epoch_sees_every_example_in_an_order_of_its_own():
+    seen, weight = [], torch.nn.Linear(1, 1)
+
+    def step(examples, accumulation_steps):
+        seen.extend(examples)
+        return weight.weight.sum()
+
+    tuned(weight, step, list(range(12)), epochs=2)
+    first, second = seen[:12], seen[12:]
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second != sorted(second)
+
+
 def test_fine_tune_stops_at_a_loss_that_is_not_finite(tokenizer):
     lm = load("policy")
     with pytest.raises(ValueError, match="lower the learning rate"):
