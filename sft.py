@@ -676,16 +676,16 @@ def evaluate_task(args, engine, tokenizer, model, data: str, sampling: dict, grp
     """Zero-shot: answers to a file, graded where there is a truth."""
     out, alpaca = args.out or f"out/eval-{args.task}.jsonl", args.task == "alpaca-eval"
     if alpaca or args.task == "safety":                                 # a JSON list, or a CSV file
-        key = "instruction" if alpaca else "prompts_final"
+        key, about = ("instruction", {"generator": args.model or "twelve"}) if alpaca else ("prompts_final", {})
         try:
             with open(data, encoding="utf-8", newline="") as file:
                 rows = json.load(file) if alpaca else list(csv.DictReader(file))
-            prompts = [ALPACA_TEMPLATE.format(prompt=row[key], response="") for row in rows[:args.limit]]
+            prompts = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=r[key], response="")) for r in rows[:args.limit]]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{data}: {error!r}; expected a list of entries with {key!r}") from None
-        answers = engine.generate([encode(tokenizer, prompt) for prompt in prompts], **sampling)
-        about, kept = {"generator": args.model or "twelve"} if alpaca else {}, (key, "dataset")
-        rows = [{k: row[k] for k in kept if k in row} | {"output": a.text} | about for row, a in zip(rows, answers)]
+        end = tokenizer.decode([end_of_text_id(tokenizer)])           # it ends an answer and is no part of it
+        rows = [{k: row[k] for k in (key, "dataset") if k in row} | {"output": a.text.removesuffix(end)} | about
+                for row, a in zip(rows, engine.generate(prompts, **sampling))]
         write_text(out, json.dumps(rows, indent=1) if alpaca else "".join(json.dumps(row) + "\n" for row in rows))
         return {"answers": len(rows)}
     reward, template, stop = {"reasoning": (grpo.r1_zero_reward, REASONING_TEMPLATE, ["</answer>"]),

@@ -628,6 +628,23 @@ def test_eval_writes_every_benchmark_in_its_form(folder, tmp_path, capsys, task)
         )
 
 
+def test_end_of_text_is_no_part_of_an_answer_handed_in(folder, tokenizer, tmp_path, capsys, monkeypatch):
+    import grpo
+
+    engine = FakeEngine(tokenizer, ["Both.<|endoftext|>", "cut"])
+    monkeypatch.setattr(grpo, "open_engine", lambda *given: engine)
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Hi"}, {"instruction": "Ho"}]))
+    (tmp_path / "s.csv").write_text("id,prompts_final\n1,Hi\n2,Ho\n")
+    for task, name in (("alpaca-eval", "a.json"), ("safety", "s.csv")):
+        code, _, err = run(
+            capsys, "eval", "--task", task, "--model", folder, "--data", tmp_path / name, "--out", tmp_path / "o"
+        )
+        assert code == 0, err
+        text = (tmp_path / "o").read_text()
+        rows = json.loads(text) if task == "alpaca-eval" else [json.loads(line) for line in text.splitlines()]
+        assert [row["output"] for row in rows] == ["Both.", "cut"]
+
+
 def test_eval_of_a_prompt_longer_than_the_context(folder, tmp_path, capsys):
     context = model_py.load_hf(folder).config.context_length
     (tmp_path / "d.jsonl").write_text(json.dumps({"question": "1+1? " * context, "answer": "#### 2"}) + "\n")
