@@ -26,6 +26,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -670,6 +671,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=0, help="default: as many sequences as make 16384 tokens")
     args = parser.parse_args()
     if args.bench:
+        warnings.simplefilter("ignore", UserWarning)      # why SDPA lacks a kernel; its cell says "none"
         try:
             bench(args.lengths, args.widths, [getattr(torch, name) for name in args.dtypes], args.heads, args.batch)
         except (ValueError, torch.OutOfMemoryError) as error:
