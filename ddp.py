@@ -145,9 +145,9 @@ def ring_all_reduce(tensor: Tensor, log=None) -> int:
         for step in range(N - 1 if chunks else 0):
             outgoing, incoming = (rank + offset - step) % N, (rank + offset - step - 1) % N
             received = torch.empty_like(chunks[incoming])
-            handles = [dist.isend(chunks[outgoing], (rank + 1) % N), dist.irecv(received, (rank - 1) % N)]
-            for handle in handles:
-                handle.wait()
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, chunks[outgoing], (rank + 1) % N),
+                                                dist.P2POp(dist.irecv, received, (rank - 1) % N)]):
+                work.wait()                                # in a batch: NCCL's sends, one by one, would wait in a circle
             chunks[incoming].copy_(chunks[incoming] + received if phase == "reduce-scatter" else received)
             sent += received.numel() * received.element_size()
             if log:

@@ -746,7 +746,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
-    add("folders", nargs="*", type=Path, help="compare: folders of runs (default RUN_DIR); corpus, export: the folder to write")
+    add("folders", nargs="*", type=Path, help="compare: runs (default RUN_DIR); corpus, export: the folder to write")
     add("--preset", choices=list(PRESETS), default="corpus")
     add("--tokens", help="folder with tokenizer.json, train.npy and valid.npy (default out/PRESET)")
     add("--run-dir", help="for checkpoints and logs (default out/train, or out/PRESET-train)")

@@ -434,6 +434,14 @@ def test_a_rank_does_not_end_through_the_interpreter(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["work 0", "work 1"]
 
 
+def test_a_process_without_a_group_ends_as_its_work_does():
+    """`train.py compare --parallel ddp` joins no job; what was printed without a line's end arrives all the same."""
+    for code, line in ((0, "import ddp as module"), (3, "import sharded_optim as module")):
+        line += f"; module.run_rank(lambda: print('written', end='') or {code})"
+        done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "written", "")
+
+
 def test_ranks_meet_in_a_store_full_of_the_dead():
     """Two starts that died at any stage have left greetings, answers and a name that was agreed on."""
     store = dist.HashStore()

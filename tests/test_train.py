@@ -555,6 +555,8 @@ def test_generate_export_compare_explain_and_benchmark(corpus, tmp_path):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(tmp_path / "hf"))
     table = run([sys.executable, str(ROOT / "train.py"), "compare", str(tmp_path / "run"), str(tmp_path / "run")])
     assert table.returncode == 0 and table.stdout.count("\nrun ") == 2, table.stderr
+    table = run(command(corpus, tmp_path / "run", "compare", "--parallel", "ddp"))       # its own run; joins no job
+    assert table.returncode == 0 and table.stdout.count("\nrun ") == 1 and not table.stderr, table.stderr
     told = run([sys.executable, str(ROOT / "train.py"), "--explain"])
     assert told.returncode == 0 and "ln 4096 = 8.32" in told.stdout, told.stderr
     timed = run(command(corpus, tmp_path / "run", "--benchmark", "small", "--d-model", "32", "--num-heads", "2",
