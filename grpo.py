@@ -551,8 +551,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
 
 def mean(values) -> float | None:
     """None where there is nothing to average: JSON has no NaN."""
-    values = list(values)
-    return sum(values) / len(values) if values else None
+    return sum(values) / len(values) if (values := list(values)) else None
 
 # ---------------------------------------------------------------- explain, check, time, run
 def self_check() -> float:
@@ -609,7 +608,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", help="problems as JSON lines (default: the embedded ones)")
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help="coin: chance, for timing")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help="question_only asks it bare; coin: chance")
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     default = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
     add("--engine", default=default, choices=["torch", "vllm"], help="default: vllm if there is one and a GPU")
@@ -655,9 +654,10 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         raise ValueError("--compile needs --dtype bfloat16: in float32, --engine torch shares the trainer's model")
     if not args.model and not os.path.exists(f"{source}/config.json") and sft.main(["sft", "--seed", str(config.seed)]):
         raise ValueError("the SFT model could not be made")
-    problems = sft.read_problems(data, boxed=balanced_box)
+    template, stop = ("{question}", []) if args.reward == "question_only" else (sft.REASONING_TEMPLATE, ["</answer>"])
+    problems = sft.read_problems(data, template, balanced_box)
     valid = args.valid or (None if args.data else f"{home}/base/data/valid.jsonl")
-    held_out = (sft.read_problems(valid, boxed=balanced_box) if valid else problems[::20])[:max(0, args.eval_size)]
+    held_out = (sft.read_problems(valid, template, balanced_box) if valid else problems[::20])[:max(0, args.eval_size)]
     problems = problems if valid else [p for i, p in enumerate(problems) if i % 20]
     model = model_py.load_hf(source, device=device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)
@@ -681,7 +681,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
         engine.sync(model)
         sampled, greedy = (sft.log_generations(
             engine, tokenizer, held_out, reward_fn, model=scorer, temperature=temperature, seed=config.seed,
-            stop=["</answer>"], max_tokens=config.max_tokens, min_tokens=config.min_tokens)
+            stop=stop, max_tokens=config.max_tokens, min_tokens=config.min_tokens)
             for temperature, scorer in ((1.0, model), (0.0, None)))
         engine.sleep()
         return {"accuracy": sampled["accuracy"], "greedy": greedy["accuracy"], "valid_entropy": sampled["entropy"]}
@@ -689,7 +689,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     first, *_, last = train_grpo(
         model, optimizer, engine, problems, config, reward_fn=reward_fn, score=score, clip=optim.clip_grad_norm_,
         evaluate=evaluate if held_out else dict, encode=functools.partial(sft.encode, tokenizer), run_dir=run_dir,
-        resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
+        stop=stop, resume=args.resume, flops_per_token=6 * model_py.count_parameters(model))
     model_py.save_hf(model, run_dir, tokenizer)
     table([run_dir])
     print("RESULT " + json.dumps({"algorithm": config.algorithm, "seed": config.seed, "model": run_dir} | {

@@ -633,6 +633,24 @@ def test_a_real_run_from_files_resumes_and_prints_its_table(folder, tmp_path, ca
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
 
 
+@pytest.mark.parametrize("reward", ["r1_zero", "question_only"])
+def test_the_prompt_asks_for_what_is_rewarded(folder, tmp_path, monkeypatch, reward):
+    seen, generate = set(), grpo.TorchEngine.generate
+
+    def listen(self, prompts, **settings):
+        seen.update((self.tokenizer.decode(p), tuple(settings["stop"])) for p in prompts)
+        return generate(self, prompts, **settings)
+
+    monkeypatch.setattr(grpo.TorchEngine, "generate", listen)
+    argv = ["--model", str(folder), "--data", str(folder / "gsm8k.jsonl"), "--run-dir", str(tmp_path / "run")]
+    assert grpo.main([*argv, *SMALL_RUN, "--steps", "1", "--reward", reward]) == 0
+    for prompt, stop in seen:
+        if reward == "question_only":  # the question alone; the model's own habit is to put its answer in a box
+            assert prompt.endswith("+1?") and len(prompt) < 6 and stop == ()
+        else:
+            assert prompt.endswith("+1?\nAssistant: <think>") and "<answer>" in prompt and stop == ("</answer>",)
+
+
 def test_vllm_that_is_missing_is_said_and_not_replaced(folder, capsys):
     import importlib.util
 
