@@ -147,7 +147,7 @@ def ring_all_reduce(tensor: Tensor, log=None) -> int:
             received = torch.empty_like(chunks[incoming])
             for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, chunks[outgoing], (rank + 1) % N),
                                                 dist.P2POp(dist.irecv, received, (rank - 1) % N)]):
-                work.wait()                                # in a batch: NCCL's sends, one by one, would wait in a circle
+                work.wait()                                # in a batch: else NCCL's sends could wait in a circle
             chunks[incoming].copy_(chunks[incoming] + received if phase == "reduce-scatter" else received)
             sent += received.numel() * received.element_size()
             if log:
