@@ -608,7 +608,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", help="problems as JSON lines (default: the embedded ones)")
     add("--valid", help="held-out problems (default: the embedded ones, or every 20th of --data)")
     add("--run-dir", help="for log, checkpoints and the model (default out/arithmetic-SEED/ALGORITHM)")
-    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help="question_only asks it bare; coin: chance")
+    add("--reward", default="r1_zero", choices=["r1_zero", "question_only", "coin"], help="coin: chance, for timing")
     devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + ["cpu"]
     default = "vllm" if torch.cuda.is_available() and importlib.util.find_spec("vllm") else "torch"
     add("--engine", default=default, choices=["torch", "vllm"], help="default: vllm if there is one and a GPU")
