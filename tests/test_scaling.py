@@ -213,8 +213,12 @@ def test_2025_protocol(serve):
             ("train_flops", 2 * 10 ** 15, "train_flops must be one of"), ("train_flops", 3 * 10 ** 18, "one of")):
         status, answer = ask("/loss", **QUERY | {name: value})
         assert status == 404 and set(answer) == {"message"} and message in answer["message"], answer
-    for query, message in (({"d_model": "wide"}, "number"), ({"d_model": "64.5"}, "whole number"),
-                           ({"d_model": ""}, "number"), ({"d_model": "true"}, "number"),
+    whole = "d_model must be a whole number, got "
+    for query, message in (({"d_model": "wide"}, whole + "'wide'"), ({"d_model": "64.5"}, whole + "64.5"),
+                           ({"d_model": ""}, whole + "''"), ({"d_model": "true"}, whole + "'true'"),
+                           ({"d_model": "1e"}, whole + "'1e'"), ({"d_model": "9" * 5000}, whole + "'999"),
+                           ({"d_model": "1e999"}, whole + "inf"), ({"d_model": "٣"}, whole + "'٣'"),
+                           ({"learning_rate": "NaN"}, "learning_rate must be a number, got 'NaN'"),
                            ({"seed": 1}, "unknown or missing: seed"), ({"api_key": "no"}, "api_key")):
         status, answer = ask("/loss", **QUERY | query)
         assert status == 422 and message in answer["message"], answer
