@@ -42,6 +42,8 @@ import torch.nn as nn
 from torch import Tensor
 
 # Dims: N ranks, S bytes of one message, W bytes a second that a rank can send
+# A collective is a call that all ranks make together. all-reduce: each gets the sum of the ranks' tensors. broadcast:
+# each gets one rank's. all-gather: each gets all ranks' parts in a row. reduce-scatter: rank r gets part r of the sum.
 
 # ---------------------------------------------------------------------------- Ranks: processes that know their number
 
@@ -528,8 +530,8 @@ def _transformer(width: int, layers: int, vocab_size: int, dtype: torch.dtype, d
 def bench_ddp(device: torch.device, width: int, layers: int, batch: int, length: int, repeats: int) -> None:
     """One training step (fused AdamW on a GPU) with each version and torch's own DDP, on the same weights' shapes.
 
-    "no comm" is the same step with nothing sent: what one rank alone takes. Exposed = step - no comm. Comm is the same
-    messages sent with nothing else running; hidden is what of it the step does not show.
+    "no comm" is the same step with nothing sent: what one rank alone takes. Exposed = step - no comm, weak scaling =
+    no comm / step. Comm is the same messages with nothing else running; hidden is what of it the step does not show.
     """
     rank, N, vocab_size = dist.get_rank(), dist.get_world_size(), 10_000
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -587,7 +589,7 @@ def bench_ddp(device: torch.device, width: int, layers: int, batch: int, length:
             print(f"{name:22s} {seconds * 1e3:9.1f} {spread * 1e3:8.1f} {(seconds - base) * 1e3:9.1f} {comm} "
                   f"{base / seconds:13.3f}", flush=True)
 
-def bench(rank: int, world_size: int, device: torch.device, args: argparse.Namespace) -> None:
+def bench(rank: int, world_size: int, args: argparse.Namespace, device: torch.device = torch.device("cpu")) -> None:
     """Both tables. Without torchrun: two gloo ranks on this CPU, with small sizes."""
     large = device.type == "cuda"
     if args.only != "ddp":
@@ -595,9 +597,6 @@ def bench(rank: int, world_size: int, device: torch.device, args: argparse.Names
     if args.only != "collectives":
         bench_ddp(device, args.width or (2560 if large else 128), args.layers or (32 if large else 4),
                   args.batch or (8 if large else 2), args.length or (1024 if large else 64), args.repeats)
-
-def _bench_worker(rank: int, world_size: int, args: argparse.Namespace) -> None:
-    bench(rank, world_size, torch.device("cpu"), args)
 
 def main() -> int:
     """Explains and checks, or times. Under torchrun: one rank a process."""
@@ -618,9 +617,9 @@ def main() -> int:
             rank, world_size, device = init_distributed(args.backend)
         except ValueError as error:
             parser.error(str(error))
-        run_rank(bench, rank, world_size, device, args)
+        run_rank(bench, rank, world_size, args, device)
     elif args.bench:
-        spawn(_bench_worker, 2, args)
+        spawn(bench, 2, args)
     else:
         spawn(_walk_worker, 2)
     return 0

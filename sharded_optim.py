@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 # Dims: N ranks, P parameters (elements), s elements of one rank's shard = ceil(numel / N)
-
+# all-gather: each rank gets all ranks' shards in a row. reduce-scatter: rank r gets shard r of the sum over the ranks.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor      # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
