@@ -441,8 +441,8 @@ SIZES = {name: dict(d_model=width, num_layers=layers, num_heads=heads, d_ff=None
     ("8b", 4096, 34, 32), ("10b", 4608, 50, 36)]}
 # Two GPUs of 141 GB, under torchrun. A rank holds, in GB: fp32 masters 16.3, bf16 moments 16.3, of 34 blocks what
 # attention and products gave 54.9, of 31 the feed-forward's hidden products 44.7; then, where the backward pass begins,
-# the head 1.2 and its gradient in fp32 (twice) and bf16 6.2, the stream 1.1: 140.7 in all. bf16 moments do not stall
-# at beta2 = 0.95, where a step moves the second one by 5% of what it lacks: it settles within 7%, the update within 4%.
+# the head 1.2 and its gradient in fp32 (twice) and bf16 6.2, the stream 1.1: 140.7 in all, measured 142.3. bf16 moments
+# do not stall at beta2 = 0.95: a step moves the second by 5% of what it lacks; it settles within 7%, the update in 4%.
 SIZES["8b"].update(
     vocab_size=151_936, d_ff=11_008, context_length=32_768, batch_size=2, precision="bf16", parallel="fsdp",
     compile=True, attention="triton", update="triton", moments="bf16", recompute_hidden=3, modes=["step"], warmup=2,
