@@ -551,13 +551,13 @@ def _extend(sample: Generation, ids: list[int], logprobs: list[float], limit: in
     passed = len(decode(ids[:min_new_tokens]).rstrip("\ufffd")) if near else 0          # half a character is no text
     sample.finish_reason, end = "length" if len(ids) == limit else None, None
     for n in range(max(known, min_new_tokens) + 1, len(ids) + 1):
-        cuts = [at + len(s) for s in near if (at := decode(ids[:n]).find(s, max(0, passed - len(s) + 1))) >= 0]
+        text = decode(ids[:n]) if near else ""
+        cuts = [at + len(s) for s in near if (at := text.find(s, max(0, passed - len(s) + 1))) >= 0]
         if cuts or ids[n - 1] in stop_ids:
             ids, sample.finish_reason, end = ids[:n], "stop", min(cuts, default=None)
             break
     sample.ids, sample.logprobs = ids, logprobs[:len(ids)]
-    if sample.finish_reason and decode:
-        sample.text = decode(ids)[:end]
+    sample.text = decode(ids)[:end] if sample.finish_reason and decode else None
 
 # ----------------------------------------------------------------------------------------------------- what it costs
 def count_parameters(model: ModelConfig | nn.Module) -> int:

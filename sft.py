@@ -436,12 +436,12 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
     rows = [{"prompt": p["prompt"], "response": a.text, "truth": p["answer"], **reward_fn(a.text, p["answer"]),
              "length": len(a.ids)} for p, a in zip(problems, answers)]
     for start in range(0, len(rows) if model is not None else 0, 64):
-        part = slice(start, start + 64)
-        batch = collate(*zip(*((a.prompt_ids, a.ids) for a in answers[part])), end_of_text_id(tokenizer))
+        part = answers[start:start + 64]
+        batch = collate([a.prompt_ids for a in part], [a.ids for a in part], end_of_text_id(tokenizer))
         ids, labels, masks = (x.to(device_of(model)) for x in batch.values())
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
-        for row, entropy in zip(rows[part], entropies.sum(-1) / masks.sum(-1)):
+        for row, entropy in zip(rows[start:], entropies.sum(-1) / masks.sum(-1)):
             row["entropy"] = entropy.item()
     if path:
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

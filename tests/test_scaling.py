@@ -8,9 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -149,14 +147,11 @@ def command(*options, **how):
     return subprocess.run(call, capture_output=True, text=True, **how)
 
 
-class Served:
-    """`python scaling.py serve` in a process of its own, and requests to it that keep the status of errors."""
+class Caller:
+    """Requests to a server of this machine that keep the status of errors."""
 
-    def __init__(self, *options):
-        call = [sys.executable, ROOT / "scaling.py", "serve", "--port", "0", *map(str, options)]
-        self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        self.url = self.process.stdout.readline().split()[0]
-        self.port = int(self.url.rsplit(":", 1)[1])
+    def __init__(self, port):
+        self.port = port
 
     def __call__(self, path, body=None, key="local", method=None, **query):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
@@ -169,6 +164,16 @@ class Served:
         text = answer.read()
         connection.close()
         return answer.status, json.loads(text)
+
+
+class Served(Caller):
+    """`python scaling.py serve` in a process of its own."""
+
+    def __init__(self, *options):
+        call = [sys.executable, ROOT / "scaling.py", "serve", "--port", "0", *map(str, options)]
+        self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = self.process.stdout.readline().split()[0]
+        super().__init__(int(self.url.rsplit(":", 1)[1]))
 
     def kill(self):
         self.process.kill()
@@ -360,15 +365,9 @@ def test_what_a_2026_run_costs_while_it_runs_and_after():
                 raise MemoryError("too large")
             return [1.0], 7.0
 
-    def submit(**changes):
-        body = json.dumps(TRAINING | changes).encode()
-        request = urllib.request.Request(server.url + "/submit", body, {"X-API-Key": "local"})
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
     server = scaling.Server(":memory:", Slow(), seconds=250, workers=2)
+    call = Caller(server.server_port)
+    submit = lambda **changes: call("/submit", TRAINING | changes)
     status, answer = submit()
     assert status == 200
     assert answer["budget_summary"] == {"used_seconds": 100, "remaining_seconds": 150, "total_budget_seconds": 250}
