@@ -75,6 +75,9 @@ class ModelConfig:
                           rope_scaling=tuple(self.rope_scaling))               # JSON makes a list of it
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        fine = [type(x) in (int, float) and 0 < x < math.inf for x in self.rope_scaling]
+        if fine and (fine != [True] * 4 or self.rope_scaling[1] >= self.rope_scaling[2]):
+            raise ValueError(f"rope_scaling must be factor, low < high, context, all above 0, got {self.rope_scaling}")
 
 # ------------------------------------------------------------------------------------------------------------ layers
 class Linear(nn.Module):
@@ -198,8 +201,7 @@ class CausalSelfAttention(nn.Module):
         c = ModelConfig(d_model=d_model, num_heads=num_heads, **switches)
         self.head_dim, self.rope, self.attention = c.head_dim, rope, attention or plain_attention
         self.q_proj = Linear(d_model, num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj, self.v_proj = (Linear(d_model, c.num_kv_heads * c.head_dim, bias=c.qkv_bias) for _ in range(2))
         self.output_proj = Linear(num_heads * c.head_dim, d_model)
         self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity() for _ in range(2))
 
@@ -642,8 +644,7 @@ def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **opti
         state = {ours.get(name, name): x.to(device, dtype, copy=True)
                  for shard in sorted(Path(directory).glob("model*.safetensors"))
                  for name, x in read_safetensors(shard).items() if not name.endswith("rotary_emb.inv_freq")}
-        if config.tie_embeddings:
-            state["lm_head.weight"] = state.get("token_embeddings.weight")
+        state |= {"lm_head.weight": state.get("token_embeddings.weight")} if config.tie_embeddings else {}
         model.load_state_dict(state, assign=True)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{directory} is no whole Llama, Qwen2 or Qwen3 checkpoint in config.json and .safetensors: "
@@ -771,7 +772,6 @@ def main() -> int:
         walk_through()
         print(f"every two ways to the same numbers agree to {self_check(args.seed):.1e}  OK")
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

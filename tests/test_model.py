@@ -806,6 +806,22 @@ def test_a_damaged_or_foreign_checkpoint_gets_one_clear_line(what, tmp_path):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize("name", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -8.0, math.nan, math.inf, "8.0", None, [8.0], True, "left out"], ids=str)
+def test_garbage_in_llama_3_s_rope_scaling(name, value, tmp_path):
+    shutil.copytree(FIXTURES / "model_llama31", tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    config = json.loads(path.read_text())
+    assert M.load_hf(tmp_path / "x").config.rope_scaling == tuple(config["rope_parameters"][n] for n in M.LLAMA3)
+    config["rope_parameters"] |= {name: value}
+    if value == "left out":
+        del config["rope_parameters"][name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=name if value == "left out" else "rope_scaling") as error:
+        M.load_hf(tmp_path / "x")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 def test_a_missing_shard_and_a_folder_with_shards(tmp_path):
     folder = tmp_path / "x"
     shutil.copytree(FIXTURES / "model_qwen2", folder)
@@ -861,7 +877,10 @@ def test_configs_that_cannot_be():
                           ({"num_layers": 0}, "num_layers"), ({"vocab_size": -1}, "vocab_size"),
                           ({"norm": "layer"}, "norm"),
                           ({"ffn": "gelu"}, "ffn"), ({"positions": "alibi"}, "positions"),
-                          ({"rope_layout": "quarter"}, "rope_layout"), ({"d_ff": 0}, "d_ff")]:
+                          ({"rope_layout": "quarter"}, "rope_layout"), ({"d_ff": 0}, "d_ff"),
+                          ({"rope_scaling": (8.0,)}, "rope_scaling"),
+                          ({"rope_scaling": (8.0, 4.0, 1.0, 64)}, "rope_scaling"),      # low above high
+                          ({"rope_scaling": (8.0, 1.0, 1.0, 64)}, "rope_scaling")]:     # nothing between: 0 / 0
         with pytest.raises(ValueError, match=word):
             replace(TINY, **changes)
     assert ModelConfig(**json.loads(json.dumps(asdict(TINY)))) == TINY
