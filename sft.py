@@ -54,17 +54,16 @@ def end_of_text_id(tokenizer) -> int:
     raise ValueError(f"the tokenizer has no end-of-text token (its special tokens: {sorted(special_tokens)}); "
                      "train or load it with '<|endoftext|>'")
 
-def device_of(model) -> torch.device:
-    """Where the model's first parameter lies."""
-    return next(model.parameters()).device
+def beside(model, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The tensors of a batch, where the model's parameters lie."""
+    return [x.to(next(model.parameters()).device) for x in batch.values()]
 
 # ---------------------------------------------------------------- the tensors of fine-tuning
 def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: int) -> dict[str, Tensor]:
     """Join prompt and output, pad on the right, shift by one: input_ids and labels (B, T), int64, T = longest row - 1;
     response_mask (B, T), bool, true where the *label* is a token of the output. It comes from the lengths: a padding
     id that is a real token as well (end of text, mostly) counts where it is real and not where it pads.
-    Example: prompt [1, 2], output [3, 4] -> input_ids [1, 2, 3], labels [2, 3, 4], mask [0, 1, 1].
-    """
+    Example: prompt [1, 2], output [3, 4] -> input_ids [1, 2, 3], labels [2, 3, 4], mask [0, 1, 1]."""
     if len(prompt_ids) != len(output_ids) or not prompt_ids:
         raise ValueError(f"need as many outputs as prompts, at least one: got {len(prompt_ids)} and {len(output_ids)}")
     lengths = [len(p) + len(o) for p, o in zip(prompt_ids, output_ids)]
@@ -100,16 +99,12 @@ def compute_entropy(logits: Tensor) -> Tensor:
 def get_response_log_probs(model, input_ids: Tensor, labels: Tensor,
                            return_token_entropy: bool = False) -> dict[str, Tensor]:
     """log p(label | what came before) at every position; input_ids and labels are (B, T), as `collate` makes them.
-    Returns: log_probs (B, T) in nats, prompt and padding included; if asked for, token_entropy (B, T), no gradient.
-    """
+    Returns: log_probs (B, T) in nats, prompt and padding included; if asked for, token_entropy (B, T), no gradient."""
     output = model(input_ids)                                 # a tensor, or transformers' object that holds it
     logits = at_least_float32(getattr(output, "logits", output))                         # (B, T, V)
     picked = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1)                         # (B, T)
-    result = {"log_probs": picked - logits.logsumexp(-1)}
-    if return_token_entropy:
-        with torch.no_grad():
-            result["token_entropy"] = compute_entropy(logits)
-    return result
+    entropy = {"token_entropy": compute_entropy(logits.detach())} if return_token_entropy else {}
+    return {"log_probs": picked - logits.logsumexp(-1)} | entropy
 
 def head_log_probs(head, rows: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor]:
     """log p of the labels (N,) and entropies (N,; zeros unless asked for) from hidden rows (N, D) and the LM head."""
@@ -117,10 +112,9 @@ def head_log_probs(head, rows: Tensor, labels: Tensor, with_entropy: bool) -> tu
     entropy = compute_entropy(logits.detach()) if with_entropy else logits.new_zeros(len(rows))
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1), entropy
 
-def get_response_log_probs_chunked(
-        model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
-        response_mask: Tensor | None = None, chunk_tokens: int = 2048, head_log_probs: Callable = head_log_probs
-        ) -> dict[str, Tensor]:
+def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, return_token_entropy: bool = False,
+                                   response_mask: Tensor | None = None, chunk_tokens: int = 2048,
+                                   head_log_probs: Callable = head_log_probs) -> dict[str, Tensor]:
     """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens`
     positions at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the
     result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB.
@@ -143,8 +137,7 @@ def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, g
                               normalize_constant: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the responses, and its backward pass. policy_log_probs, response_mask: (B, T).
     loss = mean over the B examples of [-sum over the response / normalize_constant] / gradient_accumulation_steps
-    Returns: (loss as above, detached scalar; metadata). An example with an empty response adds 0 and still counts in B.
-    """
+    Returns: the loss as above, detached; metadata. An example with an empty response adds 0 and still counts in B."""
     per_example = -masked_normalize(policy_log_probs, response_mask, dim=-1, normalize_constant=normalize_constant)
     loss = per_example.mean() / gradient_accumulation_steps
     loss.backward()
@@ -153,6 +146,11 @@ def sft_microbatch_train_step(policy_log_probs: Tensor, response_mask: Tensor, g
 # ---------------------------------------------------------------- instruction tuning: documents packed end to end
 ALPACA_TEMPLATE = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n{prompt}\n\n### Response:\n{response}")   # Taori et al. 2023
+
+def alpaca_ids(tokenizer, prompt: str, response: str) -> list[int]:
+    """Token ids of a prompt and its response in the Alpaca template, tokenized whole, and the end-of-text id."""
+    text = ALPACA_TEMPLATE.format(prompt=prompt, response=response)
+    return encode(tokenizer, text, add_special_tokens=True) + [end_of_text_id(tokenizer)]
 
 def read_json_lines(path: str, *keys: str) -> list[dict]:
     """The objects of a .jsonl or .jsonl.gz file. Raises: ValueError that names the line which is not a JSON object
@@ -178,15 +176,12 @@ class PackedDataset(torch.utils.data.Dataset):
     Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in
     shuffled order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are
     shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
-    dropped. The instruction's tokens are learned too: what packing trades for its speed.
-    """
+    dropped. The instruction's tokens are learned too: what packing trades for its speed."""
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
-        examples, ids = read_json_lines(dataset_path, "prompt", "response"), []
+        examples = read_json_lines(dataset_path, "prompt", "response")
         if shuffle:
             random.Random(seed).shuffle(examples)
-        for example in examples:
-            text = ALPACA_TEMPLATE.format(prompt=example["prompt"], response=example["response"])
-            ids += encode(tokenizer, text, add_special_tokens=True) + [end_of_text_id(tokenizer)]
+        ids = [i for example in examples for i in alpaca_ids(tokenizer, example["prompt"], example["response"])]
         if not 0 < seq_length < len(ids):
             raise ValueError(f"{dataset_path} packs to {len(ids)} tokens: too few for one chunk of {seq_length} + 1")
         self.tokens, self.seq_length = torch.tensor(ids, dtype=torch.long), seq_length
@@ -195,15 +190,13 @@ class PackedDataset(torch.utils.data.Dataset):
         return (len(self.tokens) - 1) // self.seq_length
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        if not 0 <= i < len(self):
-            raise IndexError(f"chunk {i} of {len(self)}")
-        chunk = self.tokens[i * self.seq_length:(i + 1) * self.seq_length + 1]
+        start = range(len(self))[i] * self.seq_length                  # IndexError behind the last one
+        chunk = self.tokens[start:start + self.seq_length + 1]
         return {"input_ids": chunk[:-1], "labels": chunk[1:]}
 
 def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> torch.utils.data.DataLoader:
     """Batches {"input_ids", "labels"} (batch_size, seq_length) over one epoch; the last may be smaller."""
-    return torch.utils.data.DataLoader(dataset, batch_size=batch_size, shuffle=shuffle,
-                                       generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.DataLoader(dataset, batch_size, shuffle, generator=torch.Generator().manual_seed(seed))
 
 # ---------------------------------------------------------------- reading an answer out of free text
 NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?:(?<![\w)])-)?\.\d+")
@@ -227,19 +220,12 @@ def parse_mmlu_response(mmlu_example: dict, model_output: str) -> str | None:
     return None
 
 # ---------------------------------------------------------------- preference tuning: DPO
-def alpaca_log_probs(model, tokenizer, prompts: list[str], responses: list[str]) -> Tensor:
-    """log p of the whole templated text and the end-of-text id after it, summed over tokens: (B,), in nats. The text is
-    tokenized whole; the prompt's share is the same for both responses and cancels in the difference."""
-    eos = end_of_text_id(tokenizer)
-    rows = [encode(tokenizer, ALPACA_TEMPLATE.format(prompt=p, response=r), add_special_tokens=True) + [eos]
-            for p, r in zip(prompts, responses)]
-    batch = collate([row[:1] for row in rows], [row[1:] for row in rows], pad_id=eos)
-    ids, labels, mask = (x.to(device_of(model)) for x in batch.values())
-    return masked_normalize(get_response_log_probs(model, ids, labels)["log_probs"], mask, dim=-1)
-
 def preference_margin(model, tokenizer, prompts: list[str], chosen: list[str], rejected: list[str]) -> Tensor:
-    """log p(chosen | prompt) - log p(rejected | prompt), (B,): positive where the model prefers the chosen one."""
-    scores = alpaca_log_probs(model, tokenizer, prompts + prompts, chosen + rejected)
+    """log p(chosen | prompt) - log p(rejected | prompt) in nats, (B,): positive where the model prefers the chosen one.
+    Each log p is that of the whole templated text, summed over its tokens: the prompt's share cancels."""
+    rows = [alpaca_ids(tokenizer, p, r) for p, r in zip(prompts + prompts, chosen + rejected)]
+    ids, labels, mask = beside(model, collate([r[:1] for r in rows], [r[1:] for r in rows], end_of_text_id(tokenizer)))
+    scores = masked_normalize(get_response_log_probs(model, ids, labels)["log_probs"], mask, dim=-1)     # (2 B,)
     return scores[:len(prompts)] - scores[len(prompts):]
 
 def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, response_rejected) -> Tensor:
@@ -311,8 +297,7 @@ def write_arithmetic(folder: str, seed: int, other_text: str, count: int = 20_00
                     does not think but names the answer at once, which a small model seldom gets right. SFT imitates
                     both kinds alike; only a reward can tell them apart.
     train.jsonl, valid.jsonl    {"prompt", "answer"}, to learn from by reward, and held out
-    instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    for PackedDataset and DPO; answers with work are preferred
-    """
+    instructions.jsonl, pairs.jsonl, pairs_valid.jsonl    for PackedDataset and DPO; answers with work are preferred"""
     rng = random.Random(seed)
     problems, held_out = arithmetic_problems(count, seed), arithmetic_problems(1000, seed, held_out=True)
     documents = [f"Question: {p['question']}\n" + (f"Work: {p['work']}\n" if rng.random() < 0.8 else "") +
@@ -428,8 +413,7 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
     path: takes a JSON line an answer: prompt, response, truth, the three rewards, length, mean entropy.
     show: prints so many examples of each outcome.
     Returns: accuracy; format; counts of (format, answer) rewards 11, 10, 00; mean entropy in nats per token; mean
-    length in tokens of all, right and wrong answers, where there are any; examples_per_second of generation.
-    """
+    length in tokens of all, right and wrong answers, where there are any; examples_per_second of generation."""
     started = time.perf_counter()
     answers = engine.generate([encode(tokenizer, p["prompt"]) for p in problems], **settings)
     summary: dict[str, float] = {"examples_per_second": len(problems) / (time.perf_counter() - started)}
@@ -438,7 +422,7 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
     for start in range(0, len(rows) if model is not None else 0, 64):
         part = answers[start:start + 64]
         batch = collate([a.prompt_ids for a in part], [a.ids for a in part], end_of_text_id(tokenizer))
-        ids, labels, masks = (x.to(device_of(model)) for x in batch.values())
+        ids, labels, masks = beside(model, batch)
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
         for row, entropy in zip(rows[start:], entropies.sum(-1) / masks.sum(-1)):
@@ -468,9 +452,10 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
     pass is done here. It is told batch size / its own size, so that unequal micro-batches too add up to the mean.
     schedule(step, total) -> learning rate. evaluate: called every eval_every steps (0: never) and at the end; with
     keep_best, the name of one of its numbers, the model ends with the weights that had the highest.
-    Returns: the last (or best) evaluation, and the "loss" of that step. Raises: ValueError if the loss is not finite.
-    """
-    per_epoch, best, result = max(1, len(examples) // batch_size), None, {}
+    Returns: the last (or best) evaluation and that step's "loss". Raises: ValueError for no examples, a broken loss."""
+    if not examples:
+        raise ValueError("no examples are left to train on; give more, or others to hold out with --valid")
+    per_epoch, best, result = max(1, len(examples) // batch_size), None, {}      # of full batches; the rest waits
     total, started = max(1, round(epochs * per_epoch)), time.perf_counter()
     for step in range(total):
         if (at := step % per_epoch) == 0:
@@ -504,34 +489,40 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
         model.load_state_dict(best[1])
     return result
 
-def sft_micro_step(model, tokenizer, normalize_constant: float) -> Callable:
+def keep_fitting(examples: list[dict], length: Callable, context: int, drop: bool) -> list[dict]:
+    """The examples of which the model reads at most `context` tokens, as `length` counts. Raises: ValueError if others
+    are there and not to be dropped, or none is left: no run shall learn that in the middle of its training."""
+    lengths = [length(example) for example in examples]
+    kept, longest = [e for e, n in zip(examples, lengths) if n <= context], max(lengths)
+    said = f"{len(examples) - len(kept)} of {len(examples)} examples, longer than the context of {context} tokens"
+    if not kept or longest > context and not drop:
+        raise ValueError(f"{said}: the longest has {longest}, {examples[lengths.index(longest)]['prompt'][:60]!r}...; "
+                         "shorten them, or leave them out with --drop-long")
+    if longest > context:
+        print(f"left out {said}")
+    return kept
+
+def sft_micro_step(model, tokenizer, normalize_constant: float, examples: list[dict], steps: float) -> Tensor:
     """micro_step for {"prompt", "response"}: the prompt is read, the response learned."""
-    def step(examples: list[dict], accumulation_steps: float) -> Tensor:
-        strings = [[e[key] for e in examples] for key in ("prompt", "response")]
-        ids, labels, mask = (x.to(device_of(model)) for x in tokenize_prompt_and_output(*strings, tokenizer).values())
-        log_probs = get_response_log_probs(model, ids, labels)["log_probs"]
-        return sft_microbatch_train_step(log_probs, mask, accumulation_steps, normalize_constant)[0]
-    return step
+    batch = tokenize_prompt_and_output([e["prompt"] for e in examples], [e["response"] for e in examples], tokenizer)
+    ids, labels, mask = beside(model, batch)
+    log_probs = get_response_log_probs(model, ids, labels)["log_probs"]
+    return sft_microbatch_train_step(log_probs, mask, steps, normalize_constant)[0]
 
-def packed_micro_step(model) -> Callable:
+def packed_micro_step(model, items: list[dict], steps: float) -> Tensor:
     """micro_step for the items of a PackedDataset: the mean over all their labels."""
-    def step(items: list[dict], accumulation_steps: float) -> Tensor:
-        ids, labels = (torch.stack([i[key] for i in items]).to(device_of(model)) for key in ("input_ids", "labels"))
-        return -get_response_log_probs(model, ids, labels)["log_probs"].mean() / accumulation_steps
-    return step
+    ids, labels = beside(model, torch.utils.data.default_collate(items))
+    return -get_response_log_probs(model, ids, labels)["log_probs"].mean() / steps
 
-def dpo_micro_step(model, reference, tokenizer, beta: float) -> Callable:
+def dpo_micro_step(model, reference, tokenizer, beta: float, pairs: list[dict], steps: float) -> Tensor:
     """micro_step for {"prompt", "chosen", "rejected"}."""
-    return lambda pairs, steps: dpo_loss(model, reference, tokenizer, beta, *columns(pairs)) / steps
-
-def columns(pairs: list[dict]) -> list[list[str]]:
-    """Pairs as three lists: prompts, chosen and rejected answers."""
-    return [[pair[key] for pair in pairs] for key in PAIR]
+    return dpo_loss(model, reference, tokenizer, beta, *([pair[key] for pair in pairs] for key in PAIR)) / steps
 
 @torch.no_grad()
 def preference_accuracy(model, tokenizer, pairs: list[dict]) -> float:
     """Share of the pairs whose chosen response the policy finds likelier than the rejected one."""
-    margins = [preference_margin(model, tokenizer, *columns(pairs[i:i + 16])) for i in range(0, len(pairs), 16)]
+    margins = [preference_margin(model, tokenizer, *([pair[key] for pair in pairs[i:i + 16]] for key in PAIR))
+               for i in range(0, len(pairs), 16)]
     return (torch.cat(margins) > 0).double().mean().item()
 
 # ---------------------------------------------------------------- explain, check, time, run
@@ -571,8 +562,8 @@ def bench(seconds: float = 2.0) -> None:
     mask = ids % 256 >= 128
     chunked = functools.partial(get_response_log_probs_chunked, response_mask=mask, chunk_tokens=128)
     for name, f in [("plain, (4, 256, 32000) logits", get_response_log_probs), ("chunked, half of it prompt", chunked)]:
-        time = Timer("f(model, ids, ids)['log_probs'][mask].sum().backward()", globals=locals())
-        time = time.blocked_autorange(min_run_time=seconds)
+        timer = Timer("f(model, ids, ids)['log_probs'][mask].sum().backward()", globals=locals())
+        time = timer.blocked_autorange(min_run_time=seconds)
         print(f"{name:30s} {time.median * 1e3:8.1f} ms (iqr {time.iqr * 1e3:.1f})")
 
 DEFAULTS = {"sft": ("base", "sft.jsonl", "valid.jsonl", 3, 1e-3),     # model, data, held-out data, epochs, rate
@@ -599,6 +590,7 @@ def main(argv: list[str] | None = None) -> int:
             ("limit", int, 256, "problems in an evaluation, default 256"), ("max-tokens", int, 64), ("seed", int, 0),
             ("eval-every", int, 0, "steps, default at the end"), ("seq-length", int, 128), ("base-steps", int, 800)):
         add("--" + name, type=kind, default=default, help=about[0] if about else f"default {default}")
+    add("--drop-long", action="store_true", help="train without the examples longer than the model's context")
     add("--explain", action="store_true", help="walk through a tiny batch and check the file")
     add("--bench", action="store_true")
     args = parser.parse_args(argv)
@@ -631,6 +623,9 @@ def run(args: argparse.Namespace) -> None:
     source, out, lr = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}", args.lr or lr
     valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
     data = args.data or f"{home}/base/data/{data}"
+    there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if args.action != "eval" and (not there.is_dir() or not os.access(there, os.W_OK) or [*Path(out).glob("model-*")]):
+        raise ValueError(f"{out} cannot take a model: no folder, not to be written to, or with a checkpoint in shards")
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
@@ -642,30 +637,35 @@ def run(args: argparse.Namespace) -> None:
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
         schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
+    fitting = functools.partial(keep_fitting, context=model.config.context_length, drop=args.drop_long)
     if args.action == "eval":
         result = evaluate_task(args, engine, tokenizer, model, data, sampling | {"temperature": args.temperature}, grpo)
     elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
+        if not all(isinstance(e.get("response"), str) for e in examples) or not any(e["response"] for e in examples):
+            raise ValueError(f"{data} holds prompts without a response to learn")
+        examples = fitting(examples, lambda e: sum(len(encode(tokenizer, e[k])) for k in ("prompt", "response")) - 1)
         held_out = read_problems(valid, boxed=grpo.balanced_box)[:args.limit] if valid else []
         def evaluate(temperature: float, **options) -> dict:
             engine.sync(model)
             return log_generations(engine, tokenizer, held_out, grpo.r1_zero_reward, model=model, stop=["</answer>"],
                                    temperature=temperature, **sampling, **options) if held_out else {}
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
-        result = tune(optimizer, examples, sft_micro_step(model, tokenizer, mean_length),
+        result = tune(optimizer, examples, functools.partial(sft_micro_step, model, tokenizer, mean_length),
                       evaluate=lambda: evaluate(args.temperature, path=f"{out}/generations.jsonl", show=1))
         result |= {"greedy": evaluate(0.0)["accuracy"]} if held_out else {}
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
-        result = tune(optimizer, [dataset[i] for i in range(len(dataset))], packed_micro_step(model))
+        result = tune(optimizer, list(dataset), functools.partial(packed_micro_step, model))
     else:
-        pairs = read_hh_pairs(data)
-        held_out = read_hh_pairs(valid) if valid else pairs[::10]
+        longer = lambda pair: max(len(alpaca_ids(tokenizer, pair["prompt"], pair[side])) for side in PAIR[1:]) - 1
+        pairs = fitting(read_hh_pairs(data), longer)
+        held_out = fitting(read_hh_pairs(valid), longer) if valid else pairs[::10]
         pairs = pairs if valid else [p for i, p in enumerate(pairs) if i % 10]
         reference = copy.deepcopy(model).requires_grad_(False)
         print(f"preference accuracy before: {preference_accuracy(model, tokenizer, held_out):.3f}")
-        result = tune(torch.optim.RMSprop(model.parameters(), lr=lr), pairs,
-                      dpo_micro_step(model, reference, tokenizer, args.beta), keep_best="accuracy",
+        result = tune(torch.optim.RMSprop(model.parameters(), lr=lr), pairs, keep_best="accuracy",
+                      micro_step=functools.partial(dpo_micro_step, model, reference, tokenizer, args.beta),
                       evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held_out)})
     if args.action != "eval":
         model_py.save_hf(model, out, tokenizer)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -503,13 +504,13 @@ def test_micro_batches_do_not_change_the_result(tokenizer, kind):
     for size in (1, 2, 3, 100):
         lm = load("policy")
         if kind == "sft":
-            step, examples = sft.sft_micro_step(lm, tokenizer, 4.0), EXAMPLES
+            step, examples = partial(sft.sft_micro_step, lm, tokenizer, 4.0), EXAMPLES
         elif kind == "packed":
-            step = sft.packed_micro_step(lm)
+            step = partial(sft.packed_micro_step, lm)
             dataset = sft.PackedDataset(tokenizer, TINY / "instructions.jsonl", 32, shuffle=True)
             examples = [dataset[i] for i in range(len(dataset))]
         else:
-            step = sft.dpo_micro_step(lm, load("reference"), tokenizer, 0.1)
+            step = partial(sft.dpo_micro_step, lm, load("reference"), tokenizer, 0.1)
             examples = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in ANSWERS["dpo"]["pairs"]]
         results.append(tuned(lm, step, examples, micro_batch_size=size))
     for weights, result in results[1:]:
@@ -528,7 +529,8 @@ def test_sft_learns_the_responses_alone(tokenizer):
             return -sft.get_response_log_probs(lm, batch["input_ids"], batch["labels"])["log_probs"][mask].mean().item()
 
     before = nats(batch["response_mask"])
-    tuned(lm, sft.sft_micro_step(lm, tokenizer, 4.0), EXAMPLES, torch.optim.AdamW(lm.parameters(), lr=0.02), epochs=10)
+    step = partial(sft.sft_micro_step, lm, tokenizer, 4.0)
+    tuned(lm, step, EXAMPLES, torch.optim.AdamW(lm.parameters(), lr=0.02), epochs=10)
     assert nats(batch["response_mask"]) < 0.5 * before
 
 
@@ -551,7 +553,7 @@ def test_dpo_loop_keeps_the_best(tokenizer):
         lm,
         torch.optim.RMSprop(lm.parameters(), lr=0.01),
         pairs,
-        sft.dpo_micro_step(lm, reference, tokenizer, 0.1),
+        partial(sft.dpo_micro_step, lm, reference, tokenizer, 0.1),
         epochs=3,
         batch_size=3,
         eval_every=1,
@@ -689,6 +691,70 @@ def test_tuning_from_files_writes_a_folder(folder, tmp_path, capsys, action, row
     assert bpe.Tokenizer.from_file(tmp_path / "out" / "tokenizer.json").encode("a b") == bpe.Tokenizer.from_file(
         folder / "tokenizer.json"
     ).encode("a b")
+
+
+def long_rows(action, tokenizer, context):
+    """Ten examples: one a token longer than the context takes, one that just fits, and short ones."""
+    word = " a"
+    assert len(tokenizer.encode(word * 9)) == 9
+
+    def row(words):
+        if action == "sft":  # of the last token nothing is predicted: it need not be read
+            return {"prompt": "p", "response": word * (words + 1 - len(tokenizer.encode("p")))}
+        pair = {"prompt": "p", "chosen": word, "rejected": word + " b"}
+        frame = len(sft.alpaca_ids(tokenizer, "p", "")) - 1  # the end-of-text token is predicted alone
+        return pair | {("chosen", "rejected")[words % 2]: word * (words - frame)}
+
+    return [row(n) for n in (context, context + 1, *range(context - 8, context))]
+
+
+@pytest.mark.parametrize("action", ["sft", "dpo"])
+def test_examples_longer_than_the_context_are_named_before_anything_is_trained(folder, tmp_path, capsys, action):
+    tokenizer = bpe.Tokenizer.from_file(folder / "tokenizer.json")
+    context = model_py.load_hf(folder).config.context_length
+    rows, data = long_rows(action, tokenizer, context), tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [action, "--model", folder, "--data", data, "--out", tmp_path / "out", "--batch-size", 4]
+    code, text, err = run(capsys, *argv)
+    assert code == 2 and err.count("\n") == 1 and "step" not in text and not (tmp_path / "out").exists()
+    assert f"1 of 10 examples, longer than the context of {context} tokens: the longest has {context + 1}" in err
+    assert "--drop-long" in err
+    code, text, err = run(capsys, *argv, "--drop-long")
+    assert code == 0 and "left out 1 of 10 examples" in text and (tmp_path / "out" / "config.json").exists(), err
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[1:2] * 3))  # dropping all of them is no training
+    code, text, err = run(capsys, *argv, "--drop-long")
+    assert code == 2 and "3 of 3 examples" in err and "step" not in text
+
+
+@pytest.mark.parametrize(
+    "action, rows, message",
+    [
+        ("sft", [{"prompt": "p", "answer": "4"}], "without a response"),
+        ("sft", [{"prompt": "p", "response": 4}], "without a response"),
+        ("sft", [{"prompt": "p", "response": ""}], "without a response"),
+        ("dpo", [{"prompt": "p", "chosen": "c", "rejected": "r"}], "no examples are left"),  # the one pair is held out
+    ],
+)
+def test_data_with_nothing_to_learn(folder, tmp_path, capsys, action, rows, message):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, text, err = run(
+        capsys, action, "--model", folder, "--data", tmp_path / "d.jsonl", "--out", tmp_path / "out"
+    )
+    assert code == 2 and err.count("\n") == 1 and message in err and "step" not in text, (text, err)
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "shards", "read-only"])
+def test_a_folder_that_cannot_take_the_model_is_said_before_the_training(folder, tmp_path, capsys, monkeypatch, kind):
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EXAMPLES))
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "model-00001-of-00002.safetensors").write_bytes(b"kept")
+    if kind == "read-only":  # root may write anywhere, so the system's answer is played
+        monkeypatch.setattr(sft.os, "access", lambda path, mode: Path(path) != tmp_path)
+    out = tmp_path / {"below a file": "file/out"}.get(kind, kind)
+    code, text, err = run(capsys, "sft", "--model", folder, "--data", tmp_path / "d.jsonl", "--out", out)
+    assert code == 2 and err.count("\n") == 1 and "cannot take a model" in err and "step" not in text, (text, err)
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
