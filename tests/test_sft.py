@@ -717,7 +717,7 @@ def test_examples_longer_than_the_context_are_named_before_anything_is_trained(f
     argv = [action, "--model", folder, "--data", data, "--out", tmp_path / "out", "--batch-size", 4]
     code, text, err = run(capsys, *argv)
     assert code == 2 and err.count("\n") == 1 and "step" not in text and not (tmp_path / "out").exists()
-    assert f"1 of 10 examples, longer than the context of {context} tokens: the longest has {context + 1}" in err
+    assert f"1 of 10 examples, longer than the {context} tokens the context takes: the longest has {context + 1}" in err
     assert "--drop-long" in err
     code, text, err = run(capsys, *argv, "--drop-long")
     assert code == 0 and "left out 1 of 10 examples" in text and (tmp_path / "out" / "config.json").exists(), err
