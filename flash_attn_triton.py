@@ -81,7 +81,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
     `.apply(q, k, v, is_causal=False)`: q (..., T, K), k and v (..., S, K) with the same leading dimensions. Returns
     (..., T, K). Saves L (..., T), the natural log of each row's sum of exponentials, which lets the backward pass
-    rebuild any tile of the softmax: P = exp(S - L).
+    rebuild any tile of the softmax: P = exp(S - L). Any float dtype. Raises: ValueError for shapes that do not fit.
     """
     QUERIES, KEYS = 64, 32             # tile size
 

@@ -13,10 +13,11 @@ Copy:       this file alone; needs numpy. `--backend train` also wants model.py,
 Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check
             python scaling.py run --backend train      the main job, 10 minutes on two CPU cores: settled on seeds 0
             to 5, for 6, 7, 8 it predicted 2.2743, 2.2739, 2.2895, reached 2.2814, 2.2918, 2.2842: -0.3, -0.8, +0.2%
-            On an H200, in 12 minutes, it predicted 1.4652 for 1e17 FLOPs and reached 1.4272: +2.7%, bar 2% missed, with
-            --tokens DIR --dtype bfloat16 --compile --context-length 64 --batch-size 256 --workers 4 --rate 0.0416
+            On an H200, in 11 minutes, it predicted 1.9455 for 1e17 FLOPs and reached 1.9339: +0.6%, bar 2%, with DIR
+            cleaned by dedup.py (near copies of held-out text bend the law: +2.7%) and --tokens DIR --context-length 64
+            --batch-size 256 --rate 0.0832 (the best of 1 to 8x) --dtype bfloat16 --compile --workers 4
             --budgets 8e14,2e15,5e15,1.25e16 --widths 256,320,384,512,640,768,896,1024,1152
-            python scaling.py serve &                  then ask it with the course's client, `sweep`, curl or `query`:
+            python scaling.py serve &                  for the course's client, curl, `sweep` (serve --ranges home) and
             scaling.py query d_model=512 num_layers=8 num_heads=8 batch_size=128 train_flops=1e15 learning_rate=1e-3
 """
 import argparse
@@ -80,7 +81,7 @@ Optima = namedtuple("Optima", "C N D loss")                              # array
 
 def isoflop_optima(N, C, loss, method: str = "parabola") -> Optima:
     """The best size N of every budget C, ascending, with D = C / 6N and the loss there (Chinchilla, approach 2).
-
+    Example: isoflop_optima([1e6, 2e6, 4e6], [6e14] * 3, [4, 3, 4]) -> C [6e14], N [2e6], D [5e7], loss [3]
     Args: N parameters, C FLOPs (a budget: equal to six digits), loss nats, of each run. method: "min" takes the lowest
           run; "parabola" the vertex of a quadratic in log N, with a warning when that lies outside the sampled sizes or
           opens downward ("min" then stands in). Raises: ValueError as columns, on another method, on under 3 sizes.
@@ -154,7 +155,7 @@ def huber_fit(theta: np.ndarray, u, v, y, weight, delta: float, steps: int = 400
 
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, bootstrap: int = 0, seed: int = 0) -> ParametricLaw:
     """The five constants of L = E + A/N^alpha + B/D^beta, by Huber loss on log L (Chinchilla, approach 3 and D.3).
-
+    Example: N, C, loss = chinchilla_runs(); fit_parametric(N, C / (6 * N), loss) -> E 1.69, A 406.4, B 410.7, ...
     Args: N parameters, D tokens, loss nats, of at least 5 runs. delta: where the Huber loss turns from squares to
           absolute values. bootstrap: how many times the runs are drawn again for the 95% intervals, 0 for none.
     Raises: ValueError as columns, and on one N or one D alone.
