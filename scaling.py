@@ -13,7 +13,7 @@ Copy:       this file alone; needs numpy. `--backend train` also wants model.py,
 Run:        python scaling.py                          the fits on made-up runs, what goes wrong, the self-check
             python scaling.py run --backend train      the main job, 10 minutes on two CPU cores: settled on seeds 0
             to 5, for 6, 7, 8 it predicted 2.2743, 2.2739, 2.2895, reached 2.2814, 2.2918, 2.2842: -0.3, -0.8, +0.2%
-            On an H200 1.9455 for 1e17 FLOPs, reached 1.9339: +0.6%, bar 2%, on text cleaned by dedup.py (else +2.7%), by
+            On an H200 1.9455, reached 1.9339, for 1e17 FLOPs: +0.6%, bar 2%, on text cleaned by dedup.py (else +2.7%):
             --tokens DIR --dtype bfloat16 --compile --context-length 64 --batch-size 256 --workers 4 --rate 0.0832
             --budgets 8e14,2e15,5e15,1.25e16 --widths 256,320,384,512,640,768,896,1024,1152
             python scaling.py serve &                  for the course's client, curl, `sweep` (serve --ranges home) and
