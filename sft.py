@@ -481,7 +481,7 @@ def fine_tune(model, optimizer, examples: list, micro_step: Callable, *, schedul
             if keep_best and (best is None or result[keep_best] > best[0][keep_best]):
                 best = (result, copy.deepcopy(model.state_dict()))
         if due or (step + 1) % 10 == 0:
-            speed = (step + 1) * batch_size / (time.perf_counter() - started)
+            speed = (step + 1) * len(batch) / (time.perf_counter() - started)
             log(f"step {step + 1}/{total} | loss {loss:.4f} | lr {rate:.1e} | gnorm {norm:.2f} | {speed:.0f} examples/s"
                 + "".join(f" | {key.replace('_', ' ')} {value:.4g}" for key, value in shown.items()))
     if best:
@@ -623,9 +623,9 @@ def run(args: argparse.Namespace) -> None:
     source, out, lr = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}", args.lr or lr
     valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
     data = args.data or f"{home}/base/data/{data}"
-    there = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
-    if args.action != "eval" and (not there.is_dir() or not os.access(there, os.W_OK) or [*Path(out).glob("model-*")]):
-        raise ValueError(f"{out} cannot take a model: no folder, not to be written to, or with a checkpoint in shards")
+    there, file = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists()), args.action == "eval"
+    if there.is_dir() == (file and there == Path(out)) or not os.access(there, os.W_OK) or [*Path(out).glob("model-*")]:
+        raise ValueError(f"--out {out} cannot be written: {there} is read-only, the wrong kind, or holds shards")
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")

@@ -578,6 +578,14 @@ def test_every_epoch_sees_every_example_in_an_order_of_its_own():
     assert sorted(first) == sorted(second) == list(range(12)) and first != second != sorted(second)
 
 
+def test_speed_counts_the_examples_there_are(tokenizer, monkeypatch):
+    ticks, lines, lm = iter((0.0, 2.0)), [], load("policy")
+    monkeypatch.setattr(sft.time, "perf_counter", lambda: next(ticks))
+    step = partial(sft.sft_micro_step, lm, tokenizer, 4.0)
+    tuned(lm, step, EXAMPLES[:6], batch_size=100, epochs=1, log=lines.append)
+    assert len(lines) == 1 and "| 3 examples/s" in lines[0]
+
+
 def test_fine_tune_stops_at_a_loss_that_is_not_finite(tokenizer):
     lm = load("policy")
     with pytest.raises(ValueError, match="lower the learning rate"):
@@ -753,8 +761,11 @@ def test_a_folder_that_cannot_take_the_model_is_said_before_the_training(folder,
         monkeypatch.setattr(sft.os, "access", lambda path, mode: Path(path) != tmp_path)
     out = tmp_path / {"below a file": "file/out"}.get(kind, kind)
     code, text, err = run(capsys, "sft", "--model", folder, "--data", tmp_path / "d.jsonl", "--out", out)
-    assert code == 2 and err.count("\n") == 1 and "cannot take a model" in err and "step" not in text, (text, err)
+    assert code == 2 and err.count("\n") == 1 and "cannot be written" in err and "step" not in text, (text, err)
     assert (tmp_path / "file").read_text() == "kept"
+    if kind != "file":  # eval's answers go to a file, which may be there already
+        code, text, err = run(capsys, "eval", "--model", folder, "--data", tmp_path / "d.jsonl", "--out", out)
+        assert code == 2 and err.count("\n") == 1 and "cannot be written" in err and "engine" not in text, (text, err)
 
 
 @pytest.mark.parametrize(
