@@ -169,8 +169,8 @@ class Caller:
 class Served(Caller):
     """`python scaling.py serve` in a process of its own."""
 
-    def __init__(self, *options):
-        call = [sys.executable, ROOT / "scaling.py", "serve", "--port", "0", *map(str, options)]
+    def __init__(self, *options, before=(sys.executable,)):
+        call = [*before, ROOT / "scaling.py", "serve", "--port", "0", *map(str, options)]
         self.process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = self.process.stdout.readline().split()[0]
         super().__init__(int(self.url.rsplit(":", 1)[1]))
@@ -185,8 +185,8 @@ class Served(Caller):
 def serve(tmp_path):
     running = []
 
-    def start(*options):
-        running.append(Served("--out", tmp_path, *options))
+    def start(*options, **how):
+        running.append(Served("--out", tmp_path, *options, **how))
         return running[-1]
     yield start
     for server in running:
@@ -423,7 +423,8 @@ def test_hostile_requests_get_a_4xx(serve):
     assert raw(mine + b"Content-Length: 10000000\r\n\r\n" + b"[" * 10_000_000) == 413
     for body in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b"NaN", b"1e999", b"9" * 6000, b'"x"', b"[]", b"{}",
                  json.dumps(changed("optimizer_config.eps", math.nan)).encode(),
-                 json.dumps(changed("n_evals", math.inf)).encode()):
+                 json.dumps(changed("n_evals", math.inf)).encode(),
+                 json.dumps(TRAINING)[:-1].encode() + b', "model_seed": 1}'):      # twice: which of them is meant?
         assert server("/submit", body)[0] == 422, body[:20]
     for request, status in (
             (b"GET /total_flops_used?a=1&a=2&api_key=local HTTP/1.1\r\n\r\n", 422),
@@ -439,6 +440,35 @@ def test_hostile_requests_get_a_4xx(serve):
         assert raw(request) == status, request
     assert server("/budget")[1]["used_seconds"] == 0 and server("/total_flops_used", api_key="local") == (200, 0)
     assert "Traceback" not in server.kill()
+
+
+def test_a_silent_caller_is_told_so(monkeypatch):
+    monkeypatch.setattr(scaling.Handler, "timeout", 0.2)
+    server = scaling.Server(":memory:", scaling.LawBackend())
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        connection.sendall(b"POST /submit HTTP/1.1\r\nX-API-Key: local\r\nContent-Length: 99\r\n\r\n{}")
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.0 422 ") and b"timed out" in answer
+    server.shutdown()
+
+
+def test_a_full_disk_takes_no_run_and_says_so(serve):
+    """No file of the server may pass 60 KiB. What it answered is there after a restart, what it refused is nowhere."""
+    full = serve(before=["bash", "-c", 'ulimit -f 60; exec "$0" "$@"', sys.executable])
+    submitted = [full("/submit", TRAINING | {"model_seed": seed % 40, "max_runtime_seconds": 1}) for seed in range(80)]
+    asked = [full("/loss", **QUERY | {"d_model": 64 + i}) for i in range(80)]
+    for status, answer in submitted + asked:                             # a smaller record may still find room
+        assert status in (200, 409) or status == 500 and "disk" in answer["message"]
+    pairs = {(first, again) for (first, _), (again, _) in zip(submitted[:40], submitted[40:])}
+    assert {(200, 409), (500, 500)} <= pairs <= {(200, 409), (500, 500), (500, 200)}, "409 says that a run is there"
+    assert 500 in [status for status, _ in asked]
+    runs = {answer["experiment_id"] for status, answer in submitted if status == 200}
+    assert {run["experiment_id"] for run in full("/experiments")[1]} == runs and full.kill() == ""
+    roomy = serve()
+    assert {run["experiment_id"] for run in roomy("/experiments")[1]} == runs
+    losses = {run["loss"] for run in roomy("/previous_runs", api_key="local")[1]["previous_runs"]}
+    assert {answer["loss"] for status, answer in asked if status == 200} <= losses
+    assert roomy("/submit", TRAINING)[0] == 200 and roomy("/loss", **QUERY)[0] == 200
 
 
 def test_train_backend_trains_stops_and_starts_again(serve, tmp_path):
@@ -492,7 +522,7 @@ def test_train_backend_trains_stops_and_starts_again(serve, tmp_path):
 
 
 def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
-    """Runs at a time have places 0, 1, 2, freed at their end; a place is a GPU, or shares one when there are fewer."""
+    """Runs at a time have places 0, 1, 2, freed at their end; train_once makes a place a GPU."""
     together, places = threading.Barrier(3), []
 
     class Context:                                                       # in place of multiprocessing's, for three runs
@@ -515,8 +545,6 @@ def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
         with ThreadPoolExecutor(3) as pool:
             assert [losses for losses, _ in pool.map(lambda _: backend.run(TRAINING, None), range(3))] == [[1.0]] * 3
     assert sorted(places) == [0, 0, 1, 1, 2, 2]
-    assert [scaling.device_at(place, 2) for place in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert scaling.device_at(1, 0) == "cpu"
 
 
 # ----------------------------------------------------------------------------------------------------------- the client
@@ -540,6 +568,13 @@ def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
     assert server("/total_flops_used", api_key="local") == (200, 2e16)
     done = command("fit", "--out", tmp_path)
     assert done.returncode == 0 and "with E " in done.stdout
+    whole = out.read_text()
+    done = command(*sweep[:5], "--widths", "128,4096,8192", "--layers", 2, "--budgets", "1e15")
+    assert done.returncode == 2 and "d_model must be in range" in done.stderr and out.read_text() == whole
+    done = command(*sweep, "--budgets", "1e15,1e16", "--flop-budget", "1e18", "--workers", 1)    # the server has less
+    assert done.returncode == 2 and "insufficient budget" in done.stderr and out.read_text() == whole
+    answered = [json.loads(line) for line in (tmp_path / "runs.part").read_text().splitlines()]
+    assert answered and {run["train_flops"] for run in answered} == {10 ** 16}
     done = command(*sweep[:-2], "--flop-budget", "4e16", "--budgets", "9e15")
     assert done.returncode == 2 and "more than is left" in done.stderr and "Traceback" not in done.stderr
     out.write_text("not json\n" + runs[0])
@@ -563,6 +598,15 @@ def test_main_job_on_the_law(tmp_path):
     assert abs(result["error"]) < 0.03 and len(scaling.load_runs(tmp_path / "law-seed0" / "runs.jsonl")[0]) == 20
 
 
-def test_walk_through():
-    done = command()
+@pytest.mark.parametrize("options", [(), ("run", "--explain")], ids=["bare", "--explain"])
+def test_walk_through(options, tmp_path):
+    done = command(*options, cwd=tmp_path)
     assert done.returncode == 0 and "what goes wrong" in done.stdout and done.stdout.rstrip().endswith("OK")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_swept_is_refused_in_a_line():
+    for options in (("--widths", "0,32"), ("--budgets", "0"), ("--budgets", "nan"), ("--budgets", "1e11,-1"),
+                    ("--widths", "inf"), ("--widths", "ten"), ("--widths", "")):
+        done = command("sweep", *options)
+        assert done.returncode == 2 and options[0] in done.stderr and "Traceback" not in done.stderr, options
