@@ -20,10 +20,25 @@ Run:        python dedup.py
                    0.7         0.821     0.814  #################################o
             fast = plain, bit for bit  OK
 """
-import argparse, contextlib, gzip, json, os, re, resource, shutil, subprocess, sys, tempfile, time, unicodedata, zlib
+import argparse
+import contextlib
+import gzip
+import json
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import lru_cache
 from itertools import chain, compress
 from pathlib import Path
@@ -43,7 +58,6 @@ LOW_BYTES = np.array([(1 << 8 * i) - 1 for i in range(9)], np.uint64)
 LINE = re.compile(rb"[^\n]*\n|[^\n]+\Z")
 JSON_LINES = (".jsonl", ".jsonl.gz")                    # in such files every line is a document, {"text": .., ..}
 
-
 # ---- The idea, plainly: one document at a time, in Python integers, which cannot overflow ---------------------------
 def normalize_character(c: str) -> str:
     """What becomes of one character: NFD, accents and punctuation removed, lower case, white space to a space.
@@ -58,21 +72,17 @@ def normalize_character(c: str) -> str:
     # Chinese and Japanese put no space between words: each of their characters is made one.
     return f" {c} " if "\u2e80" <= c[:1] <= "\u9fff" or "\uf900" <= c[:1] <= "\ufaff" or c[:1] >= "\U00020000" else c
 
-
 class Characters(dict):
     """A table of normalize_character for str.translate, each entry worked out when it is first asked for."""
 
     def __missing__(self, code: int) -> str:
         return self.setdefault(code, normalize_character(chr(code)))
 
-
 CHARACTERS = Characters()
-
 
 def words(text: str) -> list[str]:
     """Example: words("Don't  panic, Zoë!") -> ["dont", "panic", "zoe"]. Punctuation alone is one word, not nothing."""
     return text.translate(CHARACTERS).split() or ["\0" + "".join(text.split())]
-
 
 def mix(x):
     """A one-to-one scrambling of 64 bits: of a Python integer, or of a uint64 array, whose arithmetic is modulo 2^64 by
@@ -83,12 +93,10 @@ def mix(x):
     x = x * MIX_2 & MASK
     return x ^ x >> 33
 
-
 def hash_bytes(data: bytes) -> int:
     """A 64-bit hash that is the same in every process and on every machine, which Python's own hash of a str is not."""
     chunks = (int.from_bytes(data[i:i + 8], "little") for i in range(0, max(len(data), 1), 8))
     return mix(sum(mix(chunk + i * GOLDEN & MASK) for i, chunk in enumerate(chunks, 1)) + len(data) & MASK)
-
 
 def shingles(text: str, ngram: int) -> set[int]:
     """The document as a set: a 32-bit hash of every `ngram` consecutive words, or of all words if there are fewer."""
@@ -101,29 +109,24 @@ def shingles(text: str, ngram: int) -> set[int]:
         out.add(mix(window) >> 32)
     return out
 
-
 def jaccard(a: set, b: set) -> float:
     """Shared elements over all elements. Example: jaccard({1, 2, 3}, {2, 3, 4}) -> 0.5"""
     shared = len(a & b)
     return shared / (len(a) + len(b) - shared)
-
 
 def permutations(num_hashes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Multipliers (odd, so that x -> a x + b mod 2^32 is one-to-one) and offsets, (H,) uint32 each."""
     draw = [mix((seed * 2 * num_hashes + i + 1) * GOLDEN & MASK) >> 32 for i in range(2 * num_hashes)]
     return np.array(draw[::2], np.uint32) | np.uint32(1), np.array(draw[1::2], np.uint32)
 
-
 def minhash(document: set[int], a: np.ndarray, b: np.ndarray) -> list[int]:
     """The signature: the element that comes first in each of H random orders of all 2^32 shingles. Of the union of two
     sets any element may come first, and it is in both with probability jaccard(A, B): that share of places agrees."""
     return [min((int(m) * x + int(c)) % 2**32 for x in document) for m, c in zip(a, b)]
 
-
 def lsh_probability(s, num_bands: int, rows: int):
     """Chance that two sets of Jaccard similarity s agree in some band: the S-curve. Example: (0.8, 20, 7) -> 0.991"""
     return 1 - (1 - s ** rows) ** num_bands
-
 
 def find(parent: memoryview, x: int) -> int:
     """The root of x's tree, which names its cluster. Every other node on the way skips a step: the paths stay short."""
@@ -131,12 +134,10 @@ def find(parent: memoryview, x: int) -> int:
         parent[x] = x = parent[parent[x]]
     return x
 
-
 def union(parent: memoryview, x: int, y: int, seed: int) -> None:
     """Makes two clusters one. The seed ranks all documents; the first in rank of a cluster is its root and survives."""
     x, y = sorted((find(parent, x), find(parent, y)), key=lambda document: mix(document + seed * GOLDEN & MASK))
     parent[y] = x
-
 
 def plain_minhash_dedup(texts: list[str], *, num_hashes: int = 140, num_bands: int = 20, ngram: int = 5,
                         jaccard_threshold: float = 0.8, verify: bool = True, seed: int = 0) -> list[int]:
@@ -153,13 +154,11 @@ def plain_minhash_dedup(texts: list[str], *, num_hashes: int = 140, num_bands: i
             bucket.append(i)
     return [find(parent, i) for i in range(len(texts))]
 
-
 def plain_exact_line_dedup(files: list[bytes]) -> list[bytes]:
     """Only the lines that occur once in all files together. Lines are compared without their ending, \\n or \\r\\n."""
     lines = [[(line, line.removesuffix(b"\n").removesuffix(b"\r")) for line in LINE.findall(data)] for data in files]
     count = Counter(content for file in lines for _, content in file)
     return [b"".join(line for line, content in file if count[content] == 1) for file in lines]
-
 
 # ---- The same, a batch of documents at a time -----------------------------------------------------------------------
 NON_ASCII = regex.compile(r"([^\x00-\x7f]+)")
@@ -167,7 +166,6 @@ normalize_stretch = lru_cache(1 << 14)(lambda stretch: stretch.translate(CHARACT
 ASCII = [normalize_character(chr(code)) for code in range(128)]
 LOWER = bytes(ord(c or "\0") for c in ASCII) + bytes(range(128, 256))
 DELETE = bytes(code for code, c in enumerate(ASCII) if not c)
-
 
 def clean(text: str) -> bytes:
     """words(text) in UTF-8 with one or more spaces between them: ASCII by a table, stretches of the rest by a cache."""
@@ -177,7 +175,6 @@ def clean(text: str) -> bytes:
     parts[1::2] = map(normalize_stretch, parts[1::2])
     data = "".join(parts).encode("utf-8", "surrogatepass").translate(LOWER, DELETE)
     return data if data and not data.isspace() else words(text)[0].encode("utf-8", "surrogatepass")
-
 
 def hash_spans(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """`hash_bytes` of n stretches of a buffer, which has 8 more bytes behind the last of them: -> (n,) uint64."""
@@ -192,7 +189,6 @@ def hash_spans(buffer: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> n
         chunk = eight[np.repeat(starts[longer], chunks) + 8 * k] & LOW_BYTES[np.minimum(left, 8)]
         total[longer] += np.add.reduceat(mix(chunk + (k + 1).astype(np.uint64) * GOLDEN), first)
     return mix(total + lengths.astype(np.uint64))
-
 
 def shingle_batch(texts: list[str], ngram: int) -> tuple[np.ndarray, np.ndarray]:
     """`shingles` of many texts, repeats included: (S,) uint32, text behind text, and (d,) how many each has."""
@@ -215,7 +211,6 @@ def shingle_batch(texts: list[str], ngram: int) -> tuple[np.ndarray, np.ndarray]
         hashed[begin[text]], = shingles(texts[text], ngram)
     return hashed, sizes
 
-
 def minhash_batch(shingles: np.ndarray, sizes: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """`minhash` of many documents: (S,) uint32, (d,) sizes >= 1 -> (H, d) uint32. Modulo 2^32 is what uint32 does."""
     starts = np.cumsum(sizes) - sizes
@@ -226,7 +221,6 @@ def minhash_batch(shingles: np.ndarray, sizes: np.ndarray, a: np.ndarray, b: np.
         np.minimum.reduceat(scratch, starts, out=row)
     return signatures
 
-
 def band_keys(signatures: np.ndarray, num_bands: int) -> np.ndarray:
     """Each band's number and R places as 64 bits: (H, d) uint32 -> (d, B) uint64. Sharing one makes two candidates."""
     H, d = signatures.shape
@@ -234,7 +228,6 @@ def band_keys(signatures: np.ndarray, num_bands: int) -> np.ndarray:
     for place in signatures.reshape(num_bands, H // num_bands, d).swapaxes(0, 1):
         keys = mix((keys + GOLDEN) ^ place)
     return keys.T
-
 
 # ---- Larger than memory: files in, partitions on disk, files out ----------------------------------------------------
 class Partitions:
@@ -254,7 +247,7 @@ class Partitions:
         order = np.argsort(part, kind="stable")
         for i, rows in enumerate(np.split(records[order], np.searchsorted(part[order], np.arange(1, 256)))):
             with open(f"{self.path}.{i}", "ab") as f:
-                rows.tofile(f)
+                f.write(rows)                                   # tofile would keep silent about a full disk
         self.pending, self.waiting = [], 0
 
     def __iter__(self):
@@ -263,7 +256,6 @@ class Partitions:
             records = np.fromfile(f"{self.path}.{i}", np.uint64).reshape(-1, self.columns)
             if len(records):
                 yield records[np.argsort(records[:, 0])]
-
 
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
@@ -280,12 +272,10 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def open_output(path: Path):
     """The file for writing, gzipped if its name says so; the same content gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return gzip.GzipFile(path, "wb", compresslevel=6, mtime=0) if path.suffix == ".gz" else open(path, "wb")
-
 
 def read_batches(paths, whole: bool = True):
     """Yields lists of (path, line number, bytes) of about BATCH bytes: the lines of .jsonl[.gz] files, a document each,
@@ -309,24 +299,22 @@ def read_batches(paths, whole: bool = True):
     if batch:
         yield batch
 
-
 def parse_text(path: Path, number: int, raw: bytes) -> str:
     """The text of a document. Raises ValueError with file, line and remedy if it should be JSON and is not."""
     if not path.name.endswith(JSON_LINES):
         return raw.decode("utf-8", "replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         text = json.loads(raw)["text"]
         if isinstance(text, str):
             return text
     raise ValueError(f'{path}, line {number}: not a JSON object with a string under "text"; correct or remove the line')
 
-
 def collect_inputs(input_files, output_dir: Path) -> dict[str, Path]:
     """Files, and what folders hold but for hidden files and .json reports -> {name in the output: path}."""
     files, out = {}, output_dir.resolve()
     for given in map(Path, [input_files] if isinstance(input_files, (str, Path)) else input_files):
-        if not given.exists():
-            raise ValueError(f"{given} does not exist; give files or folders")
+        if not given.is_file() and not given.is_dir():
+            raise ValueError(f"{given} does not exist, or is no file that can be read twice; give files or folders")
         folder = given if given.is_dir() else given.parent
         if out == folder.resolve() or folder == given and folder.resolve() in out.parents:
             raise ValueError(f"the output {output_dir} and the input {given} overlap; write to another folder")
@@ -338,7 +326,6 @@ def collect_inputs(input_files, output_dir: Path) -> dict[str, Path]:
     if not files:
         raise ValueError("no input files; give at least one file, or a folder that holds some")
     return files
-
 
 @contextlib.contextmanager
 def staged_output(output_dir: Path, names):
@@ -353,22 +340,27 @@ def staged_output(output_dir: Path, names):
             else:
                 (output_dir / name).unlink(missing_ok=True)                      # what an earlier run left there
 
+def follow_parent() -> None:   # twin: data_filter.py
+    """In a worker: ends it when the process that started it is gone, be it by kill -9; a pool alone would not."""
+    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
 
 def run_jobs(function, jobs, files: dict[str, Path], num_processes: int | None):
-    """map(function, jobs) over processes, in order, with few jobs waiting at a time; for 4 MB of files one will do."""
+    """map(function, jobs) over processes, in order, with few jobs waiting at a time; for 4 MB of files one will do.
+    Raises: ChildProcessError if a process was killed."""
     if num_processes == 1 or sum(path.stat().st_size for path in files.values()) < 4 << 20:
         yield from map(function, jobs)
         return
-    num_processes = num_processes or os.cpu_count() or 1
-    with ProcessPoolExecutor(num_processes) as pool:
-        waiting = deque()
-        for job in jobs:
-            waiting.append(pool.submit(function, job))
-            if len(waiting) > 2 * num_processes:
+    num_processes, waiting = num_processes or os.cpu_count() or 1, deque()
+    try:
+        with ProcessPoolExecutor(num_processes, initializer=follow_parent) as pool:
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) > 2 * num_processes:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
+    except BrokenExecutor:
+        raise ChildProcessError("a process was killed, for lack of memory? Try fewer --num-processes") from None
 
 # ---- Exact lines ----------------------------------------------------------------------------------------------------
 def hash_lines(batch) -> tuple[np.ndarray, list[bytes]]:
@@ -382,7 +374,6 @@ def hash_lines(batch) -> tuple[np.ndarray, list[bytes]]:
     lengths = ends - starts
     lengths -= (lengths > 0) & (buffer[ends - 1] == ord("\r"))
     return hash_spans(buffer, starts, lengths), texts
-
 
 def _drop_lines(job) -> int:
     path, target, repeated_path = job
@@ -404,7 +395,6 @@ def _drop_lines(job) -> int:
                     out.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
     return kept
 
-
 def exact_line_dedup(input_files, output_dir, *, num_processes: int | None = None) -> dict:
     """Writes each input file to output_dir with only the lines that occur once in all files together.
 
@@ -425,13 +415,12 @@ def exact_line_dedup(input_files, output_dir, *, num_processes: int | None = Non
         with open(stage / "repeated", "wb") as out:
             for records in hashed:
                 values, counts = np.unique(records, return_counts=True)
-                values[counts > 1].tofile(out)
+                out.write(values[counts > 1])
                 distinct, repeated = distinct + len(values), repeated + int((counts > 1).sum())
-            np.array([MASK], np.uint64).tofile(out)
+            out.write(np.array([MASK], np.uint64))
         jobs = ((path, stage / "out" / name, stage / "repeated") for name, path in files.items())
         kept = sum(run_jobs(_drop_lines, jobs, files, num_processes))
     return {"lines": lines, "distinct_lines": distinct, "repeated_lines": repeated, "kept_lines": kept, "bytes": size}
-
 
 # ---- Fuzzy documents ------------------------------------------------------------------------------------------------
 def _sign(job) -> tuple[Counter, int, np.ndarray, np.ndarray, np.ndarray]:
@@ -439,7 +428,6 @@ def _sign(job) -> tuple[Counter, int, np.ndarray, np.ndarray, np.ndarray]:
     hashes, sizes = shingle_batch([parse_text(*document) for document in batch], ngram)
     keys = band_keys(minhash_batch(hashes, sizes, a, b), num_bands)
     return Counter(path for path, _, _ in batch), sum(len(raw) for _, _, raw in batch), keys, hashes, sizes
-
 
 def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     """Records sorted by key -> (low, high) pairs of documents that share one, (n, 2) uint64, some more than once. In a
@@ -457,13 +445,11 @@ def candidate_pairs(keys: np.ndarray, documents: np.ndarray) -> np.ndarray:
     left, right = np.concatenate(left), np.concatenate(right)
     return np.stack([np.minimum(left, right), np.maximum(left, right)], axis=1)[left != right]
 
-
 def _verify(job) -> list[tuple[int, int]]:
     pairs, stage, threshold = job
     data, ends = np.memmap(stage / "shingles", np.uint32, "r"), np.memmap(stage / "ends", np.uint64, "r")
     load = lru_cache(2)(lambda document: set(data[ends[document]:ends[document + 1]].tolist()))
     return [(low, high) for low, high in pairs if jaccard(load(low), load(high)) >= threshold]
-
 
 def _write_survivors(job) -> None:
     path, target, keep = job
@@ -475,7 +461,6 @@ def _write_survivors(job) -> None:
         with open_output(target) as out:
             for batch in read_batches([path]):
                 out.writelines(compress((raw for _, _, raw in batch), flags))
-
 
 def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: int = 20, ngram: int = 5,
                   jaccard_threshold: float = 0.8, verify: bool = True, seed: int = 0, num_processes: int | None = None,
@@ -490,7 +475,9 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
         removed" a removed document. log: called with progress lines. num_processes: None for one a processor.
     Returns: {"documents", "kept", "clusters" (of two or more), "largest", "candidate_pairs", "bytes"}.
     Raises: ValueError for parameters that do not fit and for files as in exact_line_dedup; then nothing is written.
-    Memory: a constant, the largest document, 5 bytes a document. Disk: 16 * num_bands bytes a document, 4 a word.
+    Memory: a constant, the largest document, 5 bytes a document. Disk: 16 * num_bands bytes a document, 4 a word; in a
+            folder .dedup-* in output_dir, which a run that is killed leaves there.
+    Example: minhash_dedup("pages", "clean")["kept"], with {"text": "Hello, world"} and {"text": "hello world!"} -> 1
     """
     if num_hashes < 1 or num_bands < 1 or num_hashes % num_bands:
         raise ValueError(f"num_hashes ({num_hashes}) must be a multiple of num_bands ({num_bands}), 1 or more")
@@ -504,13 +491,13 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
         bands = Partitions(stage / "bands", 2)
         count, documents, size, end, last = Counter(), 0, 0, 0, begin            # count: documents of each file
         with open(stage / "shingles", "wb") as shingles_file, open(stage / "ends", "wb") as ends_file:
-            np.zeros(1, np.uint64).tofile(ends_file)
+            ends_file.write(np.zeros(1, np.uint64))
             for counted, length, keys, hashes, sizes in run_jobs(_sign, jobs, files, num_processes):
                 ids = np.arange(documents, documents + len(keys), dtype=np.uint64)
                 bands.add(np.stack([keys.ravel(), np.repeat(ids, num_bands)], axis=1))
                 if verify:
-                    hashes.tofile(shingles_file)
-                    (np.cumsum(sizes, dtype=np.uint64) + end).tofile(ends_file)
+                    shingles_file.write(hashes)
+                    ends_file.write(np.cumsum(sizes, dtype=np.uint64) + end)
                 count, end = count + counted, end + len(hashes)
                 documents, size, now = documents + len(keys), size + length, time.perf_counter()
                 if log and now - last > 10:
@@ -556,7 +543,6 @@ def minhash_dedup(input_files, output_dir, *, num_hashes: int = 140, num_bands: 
     return {"documents": documents, "kept": documents - len(removed), "clusters": len(sizes),
             "largest": int(sizes.max(initial=min(documents, 1))), "candidate_pairs": found, "bytes": size}
 
-
 # ---- Show, check, measure -------------------------------------------------------------------------------------------
 def measured_recall(s: float, pairs: int, seed: int = 0) -> float:
     """Share of pairs of random sets, 100 s of their 100 elements in common, that share one of 20 bands of 7 hashes."""
@@ -566,7 +552,6 @@ def measured_recall(s: float, pairs: int, seed: int = 0) -> float:
     for document in sets[:, :half], np.concatenate([sets[:, :common], sets[:, half:]], axis=1):
         keys.append(band_keys(minhash_batch(document.ravel(), np.full(pairs, document.shape[1]), a, b), 20))
     return float((keys[0] == keys[1]).any(axis=1).mean())
-
 
 def walk_through(seed: int = 0) -> None:
     """Three short texts from characters to clusters, then the S-curve beside what the code does."""
@@ -588,7 +573,6 @@ def walk_through(seed: int = 0) -> None:
         bar = list("#" * round(40 * theory) + " " * 41)
         bar[round(40 * measured)] = "o"
         print(f"{s:10.1f}  {theory:12.3f}  {measured:8.3f}  {''.join(bar).rstrip()}")
-
 
 def self_check(seed: int = 0) -> None:
     """Fast against plain, bit for bit: shingles, signatures, lines left, survivors; and one hash against a known one.
@@ -617,10 +601,9 @@ def self_check(seed: int = 0) -> None:
             left = [json.loads(line)["url"] for line in (out / "t.jsonl").read_text().splitlines()]
             assert left == sorted(set(plain_minhash_dedup(texts, ngram=3, **options))), f"survivors with {options}"
 
-
 def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None:
     """Both jobs on JSON lines of random words, a fifth of the documents near-duplicates: speed and peak memory of this
-    file as a process of its own, then the speed of datasketch on the first 2,000 documents."""
+    file as a process of its own, then the speed of datasketch, if it is there, on the first 2,000 documents."""
     rng = np.random.default_rng(seed)
     vocabulary = np.array(["".join(rng.choice(list("aeiounrstlmd"), size)) for size in rng.integers(2, 9, 30_000)])
     vocabulary[::50] = np.char.add(vocabulary[::50], "é")
@@ -636,7 +619,11 @@ def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None
             print("\npython dedup.py corpus.jsonl --out out", *options, flush=True)
             subprocess.run([sys.executable, __file__, corpus, "--out", f"{folder}/out", *options], check=True)
         lines = corpus.read_text(encoding="utf-8").splitlines()[:2000]
-    datasketch, begin, cpu = __import__("datasketch"), time.perf_counter(), time.process_time()
+    try:
+        datasketch = __import__("datasketch")
+    except ImportError:
+        return print("\npip install datasketch shows its speed beside this")
+    begin, cpu = time.perf_counter(), time.process_time()
     index, pairs = datasketch.MinHashLSH(num_perm=140, params=(20, 7)), 0
     for i, line in enumerate(lines):
         tokens, sketch = json.loads(line)["text"].lower().split(), datasketch.MinHash(140)   # the least one can do
@@ -648,7 +635,6 @@ def bench(documents: int = 100_000, num_words: int = 400, seed: int = 0) -> None
           f"\n{seconds:.1f}s, CPU {cpu:.1f}s | {len(lines) / seconds:,.0f} documents/s | "
           f"{sum(len(line.encode()) for line in lines) / seconds / 1e6:.1f} MB/s")
 
-
 def main() -> int:
     """The command line. Returns the exit code: 2 where the caller has to change something."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -659,7 +645,8 @@ def main() -> int:
     parser.add_argument("--text", help="also write the texts left to one file, <|endoftext|> after each")
     numbers = dict(num_hashes=140, num_bands=20, ngram=5, jaccard_threshold=0.8, seed=0, num_processes=None)
     for name, default in numbers.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default or 0), default=default, help=str(default))
+        text = "default: all cores" if default is None else f"default: {default}"
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default or 0), default=default, help=text)
     args = parser.parse_args()
     try:
         if args.inputs[:1] == ["bench"]:
@@ -689,11 +676,10 @@ def main() -> int:
                     for batch in read_batches(path for path in left if path.exists()):
                         f.writelines(parse_text(*text).encode("utf-8", "replace") + b"<|endoftext|>" for text in batch)
             print("RESULT", json.dumps(result))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError) as error:
         print(f"dedup.py: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

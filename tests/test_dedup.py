@@ -350,7 +350,8 @@ BAD_FILES = {"cut.jsonl.gz": (PACKED[:len(PACKED) // 2], "gzip"),
              "not.jsonl.gz": (b"plain", "gzip"), "a.jsonl": (b'{"text": "x"}\n{"text": \n', "line 2"),
              "b.jsonl": (b'{"txt": "x"}\n', "text"),
              "c.jsonl": (b'{"text": 5}\n', "text"), "d.jsonl": (b"[1]\n", "line 1"),
-             "e.jsonl": (b'{"text": "\xff"}\n', "line 1")}
+             "e.jsonl": (b'{"text": "\xff"}\n', "line 1"),
+             "deep.jsonl": (b'{"text": "x", "meta": ' + b"[" * 99_999 + b"]" * 99_999 + b"}\n", "line 1")}
 
 
 @pytest.mark.parametrize("function", [dedup.exact_line_dedup, dedup.minhash_dedup])
@@ -378,6 +379,63 @@ def test_bad_places(tmp_path, function):
         with pytest.raises(ValueError, match=complaint):
             function(inputs, tmp_path / out)
     assert not (tmp_path / "out").exists() and a.read_bytes() == b"1"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("count", [1, 100, 9999])                # numpy's tofile keeps silent about up to 511 numbers
+def test_a_full_disk_is_noticed(tmp_path, count):
+    for i in range(256):
+        (tmp_path / f"lines.{i}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        dedup.Partitions(tmp_path / "lines", 1).add(np.arange(count, dtype=np.uint64)[:, None], limit=0)
+
+
+@pytest.mark.parametrize("function", [dedup.exact_line_dedup, dedup.minhash_dedup])
+def test_what_can_be_read_only_once_is_refused(tmp_path, function):
+    """A pipe, as from <(zcat a b): it would be read for the hashes, and be empty when the lines are written."""
+    reader, writer = os.pipe()
+    os.write(writer, b"a\nb\n")
+    os.close(writer)
+    with pytest.raises(ValueError, match="is no file that can be read twice"):
+        function(f"/dev/fd/{reader}", tmp_path / "out")
+    os.close(reader)
+
+
+def die(job):
+    os.kill(os.getpid(), 9)
+
+
+def test_a_killed_process_is_told(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(5 << 20))
+    with pytest.raises(ChildProcessError, match="a process was killed, for lack of memory"):
+        list(dedup.run_jobs(die, range(9), {"large": tmp_path / "large"}, 2))
+
+
+WAIT = """
+import sys, time
+from pathlib import Path
+import dedup
+for _ in dedup.run_jobs(time.sleep, [0, 10**6, 10**6], {"large": Path(sys.argv[1])}, 2):
+    print("working", flush=True)
+"""
+
+
+def test_workers_end_when_the_run_is_killed(tmp_path):
+    (tmp_path / "large").write_bytes(bytes(5 << 20))
+    process = subprocess.Popen([sys.executable, "-c", WAIT, tmp_path / "large"], stdout=subprocess.PIPE,
+                               cwd=Path(dedup.__file__).parent)
+    assert process.stdout.readline() == b"working\n"             # one is done, the other two sleep
+    process.kill()
+    process.communicate(timeout=120)                             # ends when no worker has the pipe open any more
+
+
+def test_bench_without_its_peer(tmp_path):
+    (tmp_path / "datasketch.py").write_text("raise ImportError")
+    done = subprocess.run([sys.executable, dedup.__file__, "bench", "40", "30"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("RESULT ") == 3
+    assert done.stdout.endswith("pip install datasketch shows its speed beside this\n")
 
 
 def command_line(*arguments) -> subprocess.CompletedProcess:
