@@ -9,8 +9,7 @@ Deviations: ties go to the greater pair of byte strings (the papers leave it ope
             Llama 3's and Qwen2's patterns and NFC take the plain path, 5 MB/s instead of 36. What is a letter
             or a number, the regex module says; code points that are not assigned yet may differ in other libraries.
 Copy:       this file alone; needs numpy and regex. MIT.
-Run:        python bpe.py
-            ...
+Run:        python bpe.py                            (the last line of what it prints:)
             fast = plain = known merges, there and back  OK
 """
 import argparse
@@ -36,7 +35,6 @@ Log, Source, Pair = Callable[[str], None] | None, str | os.PathLike, tuple[bytes
 CHUNK, WINDOW = 1 << 21, 1 << 16    # bytes of a file handled at a time; where a place to cut it is looked for
 
 # ---- Pre-tokenization: merges never cross the borders of these pieces ------------------------------------------------
-
 MODERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
 PATTERNS = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -87,7 +85,6 @@ def read_range(path: str, start: int, end: int) -> bytes:
     return raw
 
 # ---- Training, plain -------------------------------------------------------------------------------------------------
-
 def count_words_plain(path: str, special_tokens: list[str]) -> dict[bytes, int]:
     """How often each pre-token occurs in a file. Memory follows the distinct ones, not the file."""
     counts: Counter[str] = Counter()
@@ -119,7 +116,6 @@ def merge_words_plain(word_counts: dict[bytes, int], num_merges: int) -> list[Pa
     return merges
 
 # ---- Tokenizer -------------------------------------------------------------------------------------------------------
-
 @functools.cache
 def byte_to_unicode() -> dict[int, str]:
     """GPT-2's way to write bytes as printable characters: visible Latin-1 as itself, the others from U+0100 on."""
@@ -233,7 +229,7 @@ class Tokenizer:
 
     @classmethod
     def from_files(cls, vocab_path: Source, merges_path: Source, special_tokens: list[str] | None = None):
-        """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line), tokens as byte_to_unicode has them."""
+        """Reads GPT-2's vocab.json ({token: id}) and merges.txt (a pair a line). Raises: ValueError, OSError."""
         with explained(f"{vocab_path} and {merges_path} are no vocab.json and merges.txt"):
             vocab, lines = json.loads(Path(vocab_path).read_bytes()), Path(merges_path).read_text("utf-8").split("\n")
             pairs = [line for line in lines if line and not line.startswith("#version")]
@@ -296,7 +292,7 @@ def explained(what: str) -> Iterator[None]:
     """Turns what goes wrong with foreign data into one ValueError that says what they should have been."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, EOFError) as e:
         raise ValueError(f"{what}: {'missing ' if isinstance(e, KeyError) else ''}{e}") from None
 
 @contextlib.contextmanager
@@ -315,7 +311,6 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.
         temporary.unlink(missing_ok=True)
 
 # ---- Fast: the same, a whole chunk of bytes at a time ----------------------------------------------------------------
-
 EDGE, SPACE, BLANK, LETTER, NUMBER, OTHER, UNKNOWN = range(7)   # classes of characters; EDGE: no text, a special token
 CLASS_OF = np.full(0x110000, UNKNOWN, np.uint8)                 # by code point; filled in as characters turn up
 SAMPLES = ("", " ", "\n", "a", "1", ".")                        # one of each class. Of any three characters, does a
@@ -529,7 +524,6 @@ class FastEncoder:
 
     def merge(self, words: list[bytes], rounds: list | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Tokenizer.merge_word for many words at once. Returns: their ids, end to end, and how many of each.
-
         They stand in a row with links, as in merge_words. In every round each word joins its first pair of lowest rank.
         """
         symbol = self.byte_ids[in_a_row(words)]
@@ -554,11 +548,10 @@ class FastEncoder:
         return symbol[symbol >= 0], counts
 
 # ---- Whole files -----------------------------------------------------------------------------------------------------
-
 def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterable[str], num_processes: int | None,
               step: int = 1) -> Iterator:
     """function(ranges) for every `step` ranges of a file or fewer, in order. It finds (path, shared) in its .shared."""
-    from concurrent.futures import ProcessPoolExecutor          # here, for it would slow down every start
+    from concurrent.futures import BrokenExecutor, ProcessPoolExecutor      # here, for it would slow down every start
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty; give it some text")
     ranges, num_processes = list(file_ranges(path, special_tokens)), num_processes or os.cpu_count() or 1
@@ -569,8 +562,11 @@ def over_file(function: Callable, path: str, shared: Any, special_tokens: Iterab
         setattr(*share)
         yield from map(function, jobs)
     else:
-        with ProcessPoolExecutor(num_processes, initializer=setattr, initargs=share) as pool:
-            yield from pool.map(function, jobs)
+        try:
+            with ProcessPoolExecutor(num_processes, initializer=setattr, initargs=share) as pool:
+                yield from pool.map(function, jobs)
+        except BrokenExecutor:
+            raise ChildProcessError("a process was killed, for lack of memory? Try fewer --processes") from None
 
 def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], num_processes: int | None = None,
               log: Log = print, tie_key: Callable = greatest_first) -> tuple[dict[int, bytes], list[Pair]]:
@@ -580,7 +576,7 @@ def train_bpe(input_path: Source, vocab_size: int, special_tokens: list[str], nu
           num_processes: for the counting (default: all cores); log: is told if no pair is left before the end;
           tie_key(left id, right id, tokens): of pairs equally frequent, the one with the least key is merged.
     Returns: vocab {id: bytes}: the bytes, the special tokens as given, the merges; merges [(left, right)] as made.
-    Raises: ValueError for a vocabulary too small, bad special tokens, an empty file or one that is not UTF-8.
+    Raises: ValueError: too small a vocabulary, bad special tokens, a file empty or not UTF-8; OSError: it is not there.
     Example: train_bpe("corpus.txt", 10_000, ["<|endoftext|>"])
     """
     special, words = re.compile(special_pattern(special_tokens).encode()), Counter()
@@ -605,7 +601,8 @@ def encode_range(ranges: list[tuple[int, int]]) -> np.ndarray:
     return tokenizer.encode_bytes(read_range(path, *ranges[0]))
 
 def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_processes: int | None = None) -> int:
-    """Encodes a file into a .npy of tokenizer.dtype. Returns: how many ids. Raises: ValueError if empty, not UTF-8."""
+    """Encodes a file into a .npy of tokenizer.dtype. Returns: how many ids. Raises: ValueError if it is empty or not
+    UTF-8, OSError if it is not there. Example: encode_file(tokenizer, "text.txt", "ids.npy"); np.load("ids.npy")"""
     with write_whole(npy_path) as f:
         header, total = {"descr": tokenizer.dtype.str, "fortran_order": False, "shape": (0,)}, 0
         np.lib.format.write_array_header_1_0(f, header)         # with room for the length, not known yet
@@ -616,7 +613,6 @@ def encode_file(tokenizer: Tokenizer, text_path: Source, npy_path: Source, num_p
     return total
 
 # ---- Walk-through, self-check, benchmark, command line ---------------------------------------------------------------
-
 EXAMPLE = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}  # the words of Sennrich et al., section 3.2
 EXAMPLE_MERGES = [(b"s", b"t"), (b"e", b"st"), (b"o", b"w"), (b"l", b"ow"), (b"w", b"est"), (b"n", b"e")]
 EXAMPLE_VOCAB = dict(enumerate([bytes([i]) for i in range(256)] + [a + b for a, b in EXAMPLE_MERGES]))
@@ -648,11 +644,11 @@ def self_check(seed: int = 0) -> None:
         assert tokenizer.decode(ids) == text
         assert ids == tokenizer.fast.encode(text.encode()).tolist() == list(tokenizer.encode_iterable(text, 9)), text
 
-def bench(text: str | None, peer_python: str) -> None:
-    """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table."""
+def bench(text: str | None, peer_python: str) -> int:
+    """Whole processes of ours and of other libraries in turn, by tests/fixtures/bpe_peers.py: one table. Exit code."""
     import subprocess                                           # here, for it would slow down every start
     peers = Path(__file__).parent / "tests/fixtures/bpe_peers.py"                       # if missing, Python says so
-    subprocess.run([peer_python, peers, "table", text or "", sys.executable, __file__], check=False)
+    return subprocess.run([peer_python, peers, "table", text or "", sys.executable, __file__]).returncode
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns: its exit code, 2 for a caller's mistake."""
@@ -660,8 +656,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("command", nargs="?", choices=["train", "encode", "decode", "bench"], help="none: walk-through")
     parser.add_argument("--input", help="a UTF-8 text; for decode, a .npy of token ids")
     parser.add_argument("--out", help="train: a tokenizer.json; encode: a .npy; decode: a text")
-    parser.add_argument("--tokenizer", default="out/bpe/tokenizer.json")
-    parser.add_argument("--vocab-size", type=int, default=10_000)
+    parser.add_argument("--tokenizer", default="out/bpe/tokenizer.json", help="default: %(default)s, train's too")
+    parser.add_argument("--vocab-size", type=int, default=10_000, help="default: %(default)s, all tokens together")
     parser.add_argument("--special", action="append", help="train: a special token, one or several (<|endoftext|>)")
     parser.add_argument("--processes", type=int, help="default: all cores")
     parser.add_argument("--peer-python", default=sys.executable, help="bench: one with tiktoken, tokenizers, rustbpe")
@@ -672,10 +668,14 @@ def main(argv: list[str] | None = None) -> int:
             walk_through()
             self_check(args.seed)
             print("fast = plain = known merges, there and back  OK")
+        elif args.input and not os.path.isfile(args.input):
+            raise ValueError(f"--input {args.input} is no file; give a text (to decode, a .npy of token ids)")
         elif args.command == "bench":
-            bench(args.input, args.peer_python)
+            return bench(args.input, args.peer_python)
         elif not args.input or args.command == "encode" and not args.out:
             raise ValueError(f"{args.command} needs --input FILE{' and --out FILE' * (args.command == 'encode')}")
+        elif args.command != "train" and not os.path.isfile(args.tokenizer):
+            raise ValueError(f"--tokenizer {args.tokenizer} is no file; bpe.py train --input TEXT --out IT makes it")
         elif args.command == "train":
             special, out = args.special or ["<|endoftext|>"], args.out or "out/bpe/tokenizer.json"
             vocab, merges = train_bpe(args.input, args.vocab_size, special, args.processes)
@@ -686,14 +686,14 @@ def main(argv: list[str] | None = None) -> int:
             size, took = os.path.getsize(args.input), time.monotonic() - began
             print(f"{args.out}: {count:,} tokens from {size:,} bytes, {size / count:.3f} bytes a token, in {took:.1f}s")
         else:
-            text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input, allow_pickle=False).ravel().tolist())
+            with explained(f"{args.input} is no .npy of token ids of {args.tokenizer}"):
+                text = Tokenizer.from_file(args.tokenizer).decode(np.load(args.input).ravel().tolist())
             with write_whole(args.out) if args.out else contextlib.nullcontext(sys.stdout.buffer) as f:
                 f.write(text.encode())
     except (ValueError, OSError) as e:
         print(f"bpe.py: {e}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,6 @@
 """bpe.py against tiktoken, tokenizers and rustbpe (tests/fixtures/make_bpe.py), and fast against plain."""
 import json
+import os
 import random
 import re
 import subprocess
@@ -379,10 +380,13 @@ def test_command_line_there_and_back(tmp_path):
     ("train --input text.txt --out x", None), ("train --input text.txt --out x", b""),
     ("train --input text.txt --out x", bytes(range(256))), ("train --input text.txt --vocab-size 200 --out x", b"abc"),
     ("train --input text.txt --special a --special a --out x", b"abc"), ("train --out x", b"abc"),
-    ("encode --tokenizer text.txt --input text.txt --out x", b"abc"),
+    ("encode --tokenizer text.txt --input text.txt --out x", b"abc"), ("encode --input text.txt --out x", b"abc"),
+    ("encode --tokenizer t.json --input . --out x", None), ("decode --tokenizer t.json --input text.txt", b""),
+    ("decode --tokenizer t.json --input ids.npz", None), ("bench --input nowhere", None),
     ("decode --tokenizer t.json --input text.txt --out x", b"abc")])
 def test_command_line_mistakes_exit_with_2_and_write_nothing(words, content, tmp_path):
     tokenizer().save(tmp_path / "t.json")
+    np.savez(tmp_path / "ids.npz", ids=np.arange(3))
     if content is not None:
         write(tmp_path, content)
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -390,6 +394,26 @@ def test_command_line_mistakes_exit_with_2_and_write_nothing(words, content, tmp
     assert done.returncode == 2 and done.stdout == b""
     assert done.stderr.startswith(b"bpe.py: ") and done.stderr.count(b"\n") == 1, done.stderr.decode()
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_files_that_are_not_there_come_with_the_remedy(tmp_path):
+    write(tmp_path, "abc")
+    done = command(tmp_path, "encode", "--input", "text.txt", "--out", "x.npy")
+    assert done.stderr == (b"bpe.py: --tokenizer out/bpe/tokenizer.json is no file; "
+                           b"bpe.py train --input TEXT --out IT makes it\n")
+    done = command(tmp_path, "train", "--input", "nowhere", "--out", "x.json")
+    assert done.stderr == b"bpe.py: --input nowhere is no file; give a text (to decode, a .npy of token ids)\n"
+
+
+def die(ranges):
+    os.kill(os.getpid(), 9)
+
+
+def test_a_killed_process_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(bpe, "CHUNK", 1 << 12)
+    path = write(tmp_path, ANSWERS["text"])
+    with pytest.raises(ChildProcessError, match="a process was killed, for lack of memory"):
+        list(bpe.over_file(die, path, None, [], 2))
 
 
 def test_walk_through_and_self_check(tmp_path):
