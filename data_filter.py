@@ -4,27 +4,25 @@ What:       WARC and WET archives in; HTML to text, language, quality rules, har
             masked; JSON lines out. Each step is a function of its own, in lecture order.
 Source:     WARC 1.1 (ISO 28500); WHATWG HTML 13.2.5 and Encoding 4.2; Gopher, arXiv:2112.11446 A1.1; C4,
             arXiv:1910.10683 2.2; FineWeb, arXiv:2406.17557 3.6; FastText, arXiv:1607.01759 and 1607.04606.
-Deviations: 1. The rules that count words are left out for scripts without spaces. 2. Gopher's stop words and C4's list
-            of bad words are not used; the harm classifiers stand for the latter. 3. FineWeb's statistics are taken
-            before C4's line rules, which would hide them. 4. Later copies count as duplicate n-grams, not the first.
-            5. FastText: no quantised .ftz files, and softmax, not negative sampling, to train with. 6. HTML: words
-            that Resiliparse glues and a browser shows apart (<details>, <option>) are kept apart.
+Deviations: 1. Scripts without spaces are spared the rules that count words. 2. Gopher's stop words and C4's bad words
+            are not used; the harm classifiers stand for the latter. 3. FineWeb's statistics are taken before C4's line
+            rules, which would hide them. 4. Later copies count as duplicate n-grams, not the first. 5. FastText: no
+            quantised .ftz files; trained by softmax, not negative sampling. 6. HTML: words that Resiliparse glues and
+            a browser shows apart (<details>, <option>) are kept apart.
 Copy:       this file alone; needs numpy. MIT.
-Run:        python data_filter.py CRAWL.warc.gz --out DIR      # --train-quality, --bench, ...: see --help
-            python data_filter.py
+Run:        python data_filter.py         # or CRAWL.warc.gz --out DIR, --train-quality, --bench, ...: see --help
             extract_text       '<h1>Caf&eacute;</h1>I <b>am</b><ul><li>in<script>1<2' -> 'Café\\n\\nI am\\n  • in'
-            identify_language  'Das ist nicht mein Hund.' -> ('de', 0.9739542554534615)
-            mask_emails        'Ask test@example.com.' -> ('Ask |||EMAIL_ADDRESS|||.', 1)
             ... these, archives and FastText as known  OK
 Measured:   2-core CPU: 98.7% of the 20-word and 100% of the 80-word pieces of the Declaration of Human Rights, in 54
-            languages, right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1's at 0.67 of its speed, 35 MB/s a
-            core (tests/fixtures/make_data_filter.py languages, pydoc); 10 MB of any tag in 0.5 to 3.4 s; 3.1 to 4.1 MB
-            of pages a second on both cores (--bench).
+            languages, right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1's, at 0.67 of its speed, 35 MB/s
+            a core (tests/fixtures/make_data_filter.py languages, pydoc); 10 MB of any tag in 0.5 to 2 s. --bench: 3.1
+            to 4.1 MB of pages a second on both cores.
 """
 import argparse, codecs, contextlib, functools, gzip, heapq, html, http.client, io, itertools, json, math, os
-import multiprocessing, random, re, struct, sys, tempfile, time, timeit, unicodedata, urllib.request, zlib
+import multiprocessing, random, re, struct, sys, tempfile, threading, time, timeit, unicodedata, urllib.request, zlib
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -73,10 +71,9 @@ def unpack(raw: BinaryIO, faults: list[str]) -> Iterator[bytes]:
     blocks, unzip = iter(lambda: raw.read(BLOCK), b""), zlib.decompressobj(31)
     first = next(blocks, b"")
     if first[:2] != b"\x1f\x8b":
-        yield from itertools.chain([first], blocks)
-        return
+        return (yield from itertools.chain([first], blocks))
     for block in itertools.chain([first], blocks):
-        while block:
+        while block := block.lstrip(b"\0") if unzip.eof else block:  # some writers pad with zeros
             unzip = zlib.decompressobj(31) if unzip.eof else unzip   # a member: one record, or the whole file
             before = unzip.copy()
             try:
@@ -86,7 +83,7 @@ def unpack(raw: BinaryIO, faults: list[str]) -> Iterator[bytes]:
                 with contextlib.suppress(zlib.error):                # go up to the broken byte, byte by byte
                     yield from (before.decompress(bytes((byte,))) for byte in block)
                 return
-            block = unzip.unused_data.lstrip(b"\0")                  # some writers pad with zeros
+            block = unzip.unused_data
     if not unzip.eof:
         faults.append("truncated gzip member")
 
@@ -114,13 +111,12 @@ def http_body(head: dict[str, str], body: bytes) -> bytes:
 
 def read_warc(source, warnings: Counter | None = None) -> Iterator[Record]:
     """Streams the records of a WARC 1.0/1.1 or WET file: path, "-", URL or binary file; plain or gzip; constant memory.
-    A fault ends the file: it is counted in `warnings`, and every complete record before it has been yielded.
+    A fault in it ends it, is counted in `warnings`, and all complete records before come. Raises: OSError if not there.
     Example: for r in read_warc("CC-MAIN.warc.gz"): print(r.kind, r.url, r.status, len(r.payload))"""
     warnings, raw, ready, faults = Counter() if warnings is None else warnings, open_source(source), bytearray(), []
     blocks = filter(None, unpack(raw, faults))
 
-    def fill(size: int) -> int:
-        """Reads until so many bytes are ready; returns how many are, which may be fewer at the end of the file."""
+    def fill(size: int) -> int:                                      # how many are ready: so many, or all that are left
         while len(ready) < size and (block := next(blocks, b"")):
             ready.extend(block)
         return len(ready)
@@ -132,8 +128,7 @@ def read_warc(source, warnings: Counter | None = None) -> Iterator[Record]:
             if end and not lines:                                    # blank lines only, so far
                 continue
             headers = parse_headers(lines or b"")
-            length = headers.get("content-length", "")
-            length = int(length) if re.fullmatch("[0-9]{1,15}", length) else -1
+            length = int(re.match("[0-9]{1,15}$|", headers.get("content-length", ""))[0] or -1)
             if length > MAX_RECORD:
                 warnings["record over 64 MiB stepped over"] += 1
                 while length and (part := min(length, fill(1))):
@@ -147,7 +142,7 @@ def read_warc(source, warnings: Counter | None = None) -> Iterator[Record]:
             record = Record(headers.get("warc-type", "").lower(), url, headers, bytes(ready[:length]))
             del ready[:length]
             if record.kind == "response" and record.payload.startswith(b"HTTP/"):
-                head, _, body = record.payload.partition(b"\r\n\r\n")
+                head, body = re.split(rb"\r?\n\r?\n|\Z", record.payload, maxsplit=1)     # some servers leave out the \r
                 record.http = parse_headers(head)
                 record.status = int(re.match(rb"HTTP/\S+ +([0-9]{3})|", head)[1] or 0)
                 record.payload = http_body(record.http, body)
@@ -178,9 +173,9 @@ def guess_charset(data: bytes) -> str:
 
 def decode(data: bytes, http_charset: str = "") -> str:
     """Bytes to text: byte-order mark, UTF-8 if valid, the HTTP header's charset, <meta>'s, a guess. Never raises."""
-    marked = "utf-8-sig" if data[:3] == codecs.BOM_UTF8 else "iso2022_jp" if b"\x1b$" in data else ""
-    if marked := "utf-16" if data[:2] in (codecs.BOM_LE, codecs.BOM_BE) else marked:
-        return data.decode(marked, "replace")
+    bom = "utf-8-sig" if data[:3] == codecs.BOM_UTF8 else "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+    if charset := "iso2022_jp" if b"\x1b$" in data and data.isascii() else bom:
+        return data.decode(charset, "replace")
     with contextlib.suppress(UnicodeDecodeError):
         return codecs.utf_8_decode(data, "strict", False)[0]         # not final: a character cut at the end is left out
     meta = META.search(data[:4096])
@@ -221,8 +216,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
     kinds = [KINDS.get(tag, OTHER) for tag in tags]
     out, lists = [], [-1]                                            # lists: the last number of each open one, or -1
     begin, breaks, cells, bullet, in_pre, in_paragraph, row_begun = 0, 0, 0, "", False, False, False
-    for i in itertools.compress(range(len(kinds)), kinds):           # at every tag that is not inline
-        kind, name = kinds[i], tags[i]
+    for i, kind, name in itertools.compress(zip(itertools.count(), kinds, tags), kinds):      # those not inline
         if kind == OTHER:
             kind = KINDS.get(name := name.lower(), OTHER)
         if not INLINE < kind < OTHER or in_pre and kind == BREAK:    # the line goes on
@@ -237,19 +231,13 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
             text = text.removeprefix("\n").rstrip()
         elif text := text.strip(" \n\t"):
             text = SPACES.sub(" ", text) if "  " in text or "\n" in text or "\t" in text else text
-        if text:
-            if cells or bullet or len(lists) > 1:
-                depth = len(lists) if len(lists) < 10 else 9         # or open lists would indent by their square
-                text = f"{cells * TAB or INDENT[depth - 1 or 1 if bullet else depth]}{bullet}{text}"  # hanging bullets
-                cells, bullet = 0, ""
-            out.append("\n" * breaks + text)
-            breaks = 0
-        if kind == CELL:                                             # tabs before all but the first of a row
-            cells, row_begun = cells + row_begun, True
-            continue
-        cells = 0
-        if kind == BREAK:
-            breaks += 1
+        if text:                                                     # hanging bullets; ever more lists indent no more
+            depth = len(lists) - 1 if len(lists) < 10 else 8
+            out += "\n" * breaks, cells * TAB or INDENT[depth or 1 if bullet else depth and depth + 1], bullet, text
+            breaks, cells, bullet = 0, 0, ""
+        breaks += kind == BREAK                                      # tabs before all cells but the first of a row
+        cells, row_begun = (cells + row_begun, True) if kind == CELL else (0, row_begun)
+        if kind in (BREAK, CELL):
             continue
         if breaks < 2 and (kind == PARAGRAPH or in_paragraph and name[0] != "/"):        # a block ends the paragraph
             breaks = 2
@@ -268,8 +256,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
                 in_pre = name == "pre"
             elif len(lists) > 1:
                 lists.pop()
-    text = "".join(out).lstrip("\n")
-    return html.unescape(text) if "&" in text else text
+    return html.unescape("".join(out).lstrip("\n"))
 
 # -------------------------------------------------------------------------------------------------------- 4. language
 # The first word of a letter's Unicode name is its script: those of one language, and that language.
@@ -329,7 +316,7 @@ for code, first, last, grams in map(str.split, TRIGRAMS.strip().split("\n")):
 def identify_language(text: str) -> tuple[str, float]:
     """ISO 639-1 code and the probability that it is right; ("und", 1.0) where there are no letters.
     A softmax over the languages of the main script, times that script's share of the letters.
-    Example: identify_language("Das ist nicht mein Hund.") -> ("de", 0.99)"""
+    Example: identify_language("Das ist nicht mein Hund.") -> ("de", 0.974)"""
     if len(text) > 4000:                                             # the beginning, the middle and the end tell enough
         text = " ".join(text[at:at + 1300] for at in (0, len(text) // 2 - 650, len(text) - 1300))
     text, scripts = unicodedata.normalize("NFC", text.lower()), Counter()
@@ -364,7 +351,7 @@ def mask_emails(text: str) -> tuple[str, int]:
     return EMAIL.subn("|||EMAIL_ADDRESS|||", text) if "@" in text else (text, 0)
 
 def mask_phone_numbers(text: str) -> tuple[str, int]:
-    """US numbers: 2831823829, (283)-182-3829, (283) 182 3829, 283-182-3829, 283.182.3829, each also after +1."""
+    """US numbers in five spellings, also after +1. Example: "(283)-182-3829" -> ("|||PHONE_NUMBER|||", 1)."""
     return PHONE.subn("|||PHONE_NUMBER|||", text)
 
 def mask_ips(text: str) -> tuple[str, int]:
@@ -373,7 +360,7 @@ def mask_ips(text: str) -> tuple[str, int]:
 
 # ------------------------------------------------------------------------------------------------- 6. quality rules
 # What is counted -> the least and the most of it that is kept; shares are of lines, words, paragraphs or characters.
-# Gopher A1.1 and its Table A1; FineWeb 3.6, where the limits themselves are out; C4 2.2.
+# Gopher A1.1 and its Table A1; FineWeb 3.6, where the limits themselves are out.
 GOPHER = {"words": (50, 100_000), "mean word length": (3, 10), "lines that end in an ellipsis": (0, 0.3),
           "words with a letter": (0.8, 1)}
 REPETITION = {"duplicate lines": (0, 0.3), "characters in duplicate lines": (0, 0.2), "duplicate paragraphs": (0, 0.3),
@@ -381,7 +368,6 @@ REPETITION = {"duplicate lines": (0, 0.3), "characters in duplicate lines": (0, 
               "top 4-gram": (0, 0.16), **{f"duplicate {n}-grams": (0, (20 - n) / 100) for n in range(5, 11)}}
 FINEWEB = {"lines that end in punctuation": (0.12 + 1e-9, 1), "characters in duplicate lines": (0, 0.1 - 1e-9),
            "short lines": (0, 0.67 - 1e-9)}
-C4 = {"words in a line": 5, "lines": 3}
 POLICY = re.compile(r"javascript|terms of use|privacy policy|cookie policy|uses? (?:of )?cookies", re.I)
 
 def outside(found: dict[str, float], limits: dict[str, tuple[float, float]]) -> list[str]:
@@ -399,7 +385,7 @@ def gopher_reasons(text: str) -> list[str]:
                     "words with a letter": sum(lettered) / (len(tokens) or 1)}, GOPHER)
 
 def gopher_quality(text: str) -> bool:
-    """True if the text passes Gopher's quality rules; `gopher_reasons` says which it breaks."""
+    """True if the text breaks no Gopher quality rule. Example: gopher_quality("the house with " * 20) -> True"""
     return not gopher_reasons(text)
 
 def repetition_reasons(text: str) -> list[str]:
@@ -435,9 +421,8 @@ def c4_lines(text: str) -> str:
     """C4's rules: keeps lines of five words or more that end a sentence and are no policy or script notice.
     A page with fewer than three of them, with a curly bracket or with lorem ipsum gives ""."""
     kept = [line for line in text.split("\n") if line.rstrip("\"'”’) ").endswith((".", "!", "?"))
-            and not line.rstrip().endswith("...") and len(line.split()) >= C4["words in a line"]
-            and not POLICY.search(line)]
-    return "\n".join(kept) if len(kept) >= C4["lines"] and not re.search("[{]|(?i:lorem ipsum)", text) else ""
+            and not line.rstrip().endswith("...") and len(line.split()) >= 5 and not POLICY.search(line)]
+    return "\n".join(kept) if len(kept) >= 3 and not re.search("[{]|(?i:lorem ipsum)", text) else ""
 
 # --------------------------------------------------------------------------- 7. harm and quality, by visible weights
 LOOSE = dict(a="[a@4*]", e="[e3*]", i="[i1!*]", o="[o0*]", u="[uv*]", s="[s$5*]")        # f*ck, pr0n, $hit
@@ -482,15 +467,15 @@ def weigh(text: str, weights: dict[str, float], scale: float, smooth: int, bias:
     return labels[odds < 0], 1 / (1 + math.exp(-min(abs(odds), 30)))
 
 def classify_nsfw(text: str) -> tuple[str, float]:
-    """("nsfw" or "non-nsfw", score): obscene words, against sober words that name the same topics in another tone."""
+    """Obscene words, against sober ones on the same topics. Example: "Free p0rn of horny sl*ts" -> ("nsfw", 1.0)."""
     return weigh(text, OBSCENE, 50, 20, -3.0, "nsfw", "non-nsfw")
 
 def classify_toxic(text: str) -> tuple[str, float]:
-    """("toxic" or "non-toxic", score): abuse aimed at somebody; an expletive alone is not."""
+    """Abuse aimed at somebody; an expletive alone is not. Example: "You are a stupid idiot." -> ("toxic", 0.967)."""
     return weigh(text, ABUSIVE, 330, 150, -3.0, "toxic", "non-toxic")
 
 def classify_quality(text: str) -> tuple[str, float]:
-    """("wiki" or "cc", score): would an encyclopedia cite it? Explaining prose against navigation, shops, forums."""
+    """Would an encyclopedia cite it, or is it a menu, a shop? Example: "Log in | Add to cart $9" -> ("cc", 1.0)."""
     return weigh(text, CITED, 100, 20, -0.6, "wiki", "cc")
 
 # ------------------------------------------------------------------------------------------------------ 8. FastText
@@ -570,8 +555,8 @@ class FastText:
     def train(cls, texts: list[str], labels: list[str], *, dim=100, epochs=5, lr=0.1, word_ngrams=1, minn=0, maxn=0,
               bucket=200_000, min_count=1, seed=0) -> "FastText":
         """Softmax regression by SGD, one text a step, with a rate that falls linearly to zero."""
-        if len(texts) != len(labels) or not labels:
-            raise ValueError(f"want one label for each text, got {len(texts)} texts and {len(labels)} labels")
+        if len(texts) != len(labels) or len(set(labels)) < 2:
+            raise ValueError(f"want a label for each text, and two or more; got {len(texts)} texts, {Counter(labels)}")
         rng, labels = np.random.default_rng(seed), ["__label__" + y.removeprefix("__label__") for y in labels]
         words = Counter({"</s>": len(texts)}) + Counter(w for text in texts for w in FT_WORD.findall(text))
         words, kinds = {w: n for w, n in words.most_common() if n >= min_count}, dict(Counter(labels).most_common())
@@ -666,7 +651,20 @@ def filter_record(record: Record, languages=("en",), min_language=0.65, without=
         text, document["masked"][name] = mask(text)
     return "kept", document | {"text": text}
 
-def filter_file(source: str, target: str, pool, keep_dropped: int, options: dict) -> Iterator[float]:
+def follow_parent() -> None:   # twin: dedup.py
+    """In a worker: ends it when the process that started it is gone, be it by kill -9; a pool alone would not."""
+    threading.Thread(target=lambda: os._exit(multiprocessing.parent_process().join() or 1), daemon=True).start()
+
+def filter_records(records: Iterator[Record], workers: int, options: dict) -> Iterator[tuple[str, dict]]:
+    """`filter_record` of each, in order, in so many processes; reads 32 records for each of them ahead, no more."""
+    filter_one = functools.partial(filter_record, **options)
+    with ProcessPoolExecutor(workers, initializer=follow_parent) as pool:
+        batches = iter(lambda: list(itertools.islice(records, 16 * workers)), [])
+        answers = (pool.map(filter_one, batch, chunksize=16) for batch in batches)
+        for now, _ in itertools.pairwise(itertools.chain(answers, [()])):        # the next batch is on its way
+            yield from now
+
+def filter_file(source: str, target: str, workers: int, keep_dropped: int, options: dict) -> Iterator[float]:
     """One archive to one file of JSON lines and its report, whole or not at all. Yields the bytes read so far."""
     report, examples, rng = {k: Counter() for k in REPORT}, {}, random.Random(0)
     with open_source(source) as raw, write_whole(target) as file, gzip.open(file, "wt", 4, "utf-8", "replace") as sink:
@@ -674,7 +672,7 @@ def filter_file(source: str, target: str, pool, keep_dropped: int, options: dict
         if not (first := next(records, None)):
             raise ValueError(f"no WARC record ({', '.join(report['warnings']) or 'empty'})")
         pages = (r for r in itertools.chain([first], records) if r.kind in ("response", "conversion"))
-        for reason, document in pool.imap(functools.partial(filter_record, **options), pages, chunksize=16):
+        for reason, document in filter_records(pages, workers, options):
             report["documents"][reason] += 1
             report["bytes"][reason] += document["bytes"]
             if reason == "kept":
@@ -684,31 +682,35 @@ def filter_file(source: str, target: str, pool, keep_dropped: int, options: dict
                 some = examples.setdefault(reason, [])
                 some[at:at + 1] = [document, *(some[at:at + 1] if len(some) < keep_dropped else [])]
             yield raw.tell() if raw.seekable() else math.nan
+        if getattr(raw, "length", 0) and raw.isclosed():             # of a URL: http.client itself keeps silent
+            raise ConnectionError(f"the connection was lost {raw.length:,} bytes before the end; run it again")
         with write_whole(target.replace(".jsonl.gz", ".report.json")) as notes:
             notes.write(json.dumps(report | {"dropped": examples}, ensure_ascii=False).encode("utf-8", "replace"))
 
-def filter_files(sources: list[str], out: str, workers: int | None = None, keep_dropped: int = 0, **options) -> list:
-    """Every archive that has no output yet, each on all cores; returns the paths of the outputs.
+def filter_files(sources: list[str], out: str, workers=None, keep_dropped=0, shard=slice(None), **options) -> list:
+    """Every archive of a shard that has no output yet, each on all cores; returns the paths of the shard's outputs.
     One process reads and writes, at 7% of the work: with more than 13 workers run several --shard side by side."""
     names = [os.path.basename(s.split("?")[0]).removesuffix(".gz") if s != "-" else "stdin" for s in sources]
-    targets = [os.path.join(out, name + ".jsonl.gz") for name in names]
-    if len(set(names)) < len(names):
+    if len(set(names)) < len(names):                                 # in other shards too: they share the folder
         raise ValueError(f"two inputs are called {Counter(names).most_common(1)[0][0]}; use two --out folders")
     list(map(load_model, options.get("models", {}).values()))        # a bad model stops the run here; children share it
+    targets, sources = [os.path.join(out, name + ".jsonl.gz") for name in names][shard], sources[shard]
     jobs = [(s, t) for s, t in zip(sources, targets) if not os.path.exists(t)]
+    if done := len(targets) - len(jobs):
+        print(f"{done} of {len(targets)} inputs were filtered before; {out} has them as they were", file=sys.stderr)
     sizes = [os.path.getsize(s) if os.path.isfile(s) else math.nan for s, _ in jobs]
     start, shown, documents, faults = time.time(), 0.0, 0, []
-    with multiprocessing.Pool(workers) as pool:
-        for i, (source, target) in enumerate(jobs):
-            try:
-                for position in filter_file(source, target, pool, keep_dropped, options):
-                    documents, seconds = documents + 1, time.time() - start
-                    if seconds > shown + EVERY:                      # eta nan: from stdin or a URL
-                        shown, left = seconds, seconds * (sum(sizes) / (sum(sizes[:i]) + position) - 1)
-                        print(f"file {i + 1}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} "
-                              f"documents/s | eta {left:.0f}s", file=sys.stderr)
-            except (OSError, ValueError, http.client.HTTPException) as fault:
-                faults.append(f"{source}: {fault}")                  # the others are filtered all the same
+    for i, (source, target) in enumerate(jobs):
+        try:
+            for position in filter_file(source, target, workers or os.cpu_count() or 1, keep_dropped, options):
+                documents, seconds = documents + 1, time.time() - start
+                if seconds > shown + EVERY:                          # eta nan: from stdin or a URL
+                    shown, left = seconds, seconds * (sum(sizes) / (sum(sizes[:i]) + position) - 1)
+                    print(f"file {i + 1}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} "
+                          f"documents/s | eta {left:.0f}s", file=sys.stderr)
+        except (OSError, ValueError, http.client.HTTPException, BrokenExecutor) as fault:
+            killed = "a worker was killed, for lack of memory? Try fewer --workers" * isinstance(fault, BrokenExecutor)
+            faults.append(f"{source}: {killed or fault}")            # the others are filtered all the same
     if faults:
         raise ValueError(f"{len(faults)} of {len(jobs)} inputs gave nothing: {'; '.join(faults[:9])}")
     return targets
@@ -740,8 +742,7 @@ def self_check() -> None:
         assert answer in (found, found[0]), answer
     record, warnings = b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 3\r\n\r\nabc\r\n\r\n", Counter()
     archive = gzip.compress(record) + gzip.compress(record)[:-20]
-    assert [r.payload for r in read_warc(io.BytesIO(archive), warnings)] == [b"abc"]
-    assert warnings == {"truncated gzip member": 1}, warnings
+    assert [r.payload for r in read_warc(io.BytesIO(archive), warnings)] == [b"abc"] and warnings.total() == 1, warnings
     model = FastText.train(["good fine nice", "bad poor sad"] * 9, ["up", "down"] * 9, dim=8, lr=0.5)
     assert model.likeliest("fine")[0] == "up" and model.likeliest("poor")[0] == "down"
     print("these, archives and FastText as known  OK")
@@ -751,7 +752,7 @@ def bench(sources: list[str]) -> None:
     for source in sources:
         with tempfile.TemporaryDirectory() as out:
             seconds = timeit.timeit(lambda: filter_files([source], out), number=1)
-        size, packed = sum(len(r.payload) for r in read_warc(source)) / 1e6, os.path.getsize(source) / 1e6
+        size, packed = sum(len(r.payload) for r in read_warc(source)) / 1e6 or math.nan, os.path.getsize(source) / 1e6
         print(f"{source}: {size / seconds:.1f} MB/s, {packed / seconds:.1f} packed, on {os.cpu_count()} cores")
         for files in 5_000, 100_000:                                 # of 75 MB packed and 200 MB of text each
             hours = files * 200 / size * seconds * os.cpu_count() / 3600
@@ -762,7 +763,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("inputs", nargs="*", metavar="IN", help="WARC or WET files, http(s) URLs, or - for stdin")
-    add("--out", metavar="DIR", default="out/data/filtered", help="one .jsonl.gz and one .report.json for each input")
+    add("--out", metavar="DIR", help="one .jsonl.gz and one .report.json for each input (out/data/filtered)")
     add("--workers", type=int, help="processes; default: all cores")
     add("--shard", default="0/1", metavar="I/N", help="only every N-th input, from the I-th: for job arrays")
     add("--keep-dropped", type=int, default=0, metavar="N", help="random examples of each reason, in the report")
@@ -771,23 +772,22 @@ def main() -> int:
     add("--without", nargs="*", default=[], choices=STEPS, help="steps to leave out")
     for step in CLASSIFIERS:
         add("--" + step, metavar="MODEL", help="a FastText .bin in place of the embedded classifier")
-    add("--train-quality", nargs=2, metavar=("POS", "NEG"), help="text files, a page a line; the model goes to --out")
-    add("--bench", action="store_true", help="how fast the inputs are filtered; nothing is kept")
+    add("--train-quality", nargs=2, metavar=("POS", "NEG"), help="texts, a page a line -> --out (out/data/quality.bin)")
+    add("--bench", nargs="+", metavar="IN", help="how fast, keeping nothing; make_data_sample.py bench DIR writes two")
     args = parser.parse_args()
     try:
         if not (shard := re.fullmatch("([0-9]+)/([1-9][0-9]*)", args.shard)) or int(shard[1]) >= int(shard[2]):
             raise ValueError(f"--shard {args.shard}: want I/N with I from 0 to N - 1, as in 0/8")
-        if args.bench and not args.inputs:
-            raise ValueError("--bench: of which archives? tests/fixtures/make_data_sample.py bench DIR writes two")
         if args.bench:
-            bench(args.inputs)
+            bench(args.bench)
         elif args.train_quality:
             good, bad = (Path(path).read_text("utf-8").splitlines() for path in args.train_quality)
-            FastText.train(good + bad, ["wiki"] * len(good) + ["cc"] * len(bad), word_ngrams=2).save(args.out)
+            model = FastText.train(good + bad, ["wiki"] * len(good) + ["cc"] * len(bad), word_ngrams=2)
+            model.save(args.out or "out/data/quality.bin")
         elif args.inputs:
             models = {step: path for step in CLASSIFIERS if (path := getattr(args, step))}
-            mine = args.inputs[int(shard[1])::int(shard[2])]
-            print_report(filter_files(mine, args.out, args.workers, args.keep_dropped, languages=args.languages,
+            print_report(filter_files(args.inputs, args.out or "out/data/filtered", args.workers, args.keep_dropped,
+                                      slice(int(shard[1]), None, int(shard[2])), languages=args.languages,
                                       min_language=args.min_language, without=args.without, models=models))
         else:
             self_check()

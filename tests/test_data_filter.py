@@ -2,6 +2,7 @@
 import base64
 import gzip
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -75,6 +77,12 @@ def test_cut_plain_and_single_member_archives():
         assert counts == sorted(counts) and counts[-1] >= 5
 
 
+def test_zeros_between_members():
+    for zeros in (1, d.BLOCK, 3 * d.BLOCK + 5):
+        warnings, data = Counter(), bytes(zeros).join(archive())
+        assert len(list(d.read_warc(io.BytesIO(data + bytes(zeros)), warnings))) == 6 and not warnings
+
+
 def test_corrupt_byte_in_a_single_member_keeps_what_was_before():
     rng = random.Random(0)
     # compressible, or deflate stores it and sees no fault
@@ -122,6 +130,16 @@ def test_content_length_rules_not_the_look_of_the_payload():
     body = b"\r\n\r\nWARC/1.0\r\nContent-Length: 7\r\n\r\nx" * 3
     got = list(d.read_warc(io.BytesIO(warc_record("http://a.test/", body) + warc_record("http://b.test/", b"x"))))
     assert [r.payload for r in got] == [body, b"x"]
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+def test_servers_that_end_their_lines_otherwise(end):
+    """As warcio 1.8.1 reads it: the headers go to the first blank line, whatever blank lines the body has."""
+    for body in b"<p>a\r\n\r\nb\n\nc", b"", None:
+        http = end.join([b"HTTP/1.1 200 OK", b"Content-Type: text/html", b"", *([] if body is None else [body])])
+        head = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n" % len(http)
+        record, = d.read_warc(io.BytesIO(head + http + b"\r\n\r\n"))
+        assert (record.status, record.http, record.payload) == (200, {"content-type": "text/html"}, body or b"")
 
 
 @pytest.mark.parametrize("head, body, want", [
@@ -198,7 +216,7 @@ def test_charset_order_and_tails():
     assert d.decode("Привет".encode("mac_cyrillic"), "x-mac-cyrillic") == "Привет"
     assert d.decode(b"<meta charset=utf-16>\xe9 x") == "<meta charset=utf-16>\ufffd x"       # it was read as ASCII
     assert d.decode(b"\xff\xfe" + "né".encode("utf-16-le")) == "né" and d.decode(b"\xef\xbb\xbfx") == "x"
-    assert d.decode("日本語".encode("iso2022_jp")) == "日本語"
+    assert d.decode("日本語".encode("iso2022_jp")) == "日本語" and d.decode("né \x1b$B".encode()) == "né \x1b$B"
     assert d.decode(b"caf\xe9 cr\xe8me", "no-such-charset") == "café crème" and d.decode(b"\xe9t\xe9x",
                                                                                          "base64") == "étéx"
 
@@ -245,9 +263,10 @@ def test_linear_time(piece):
             d.extract_text(page)
             best = min(best, time.process_time() - start)
         return best
-    small, large = seconds(60_000), seconds(480_000)
-    # Eight times the input: quadratic time would take 64 times as long; a factor of three is left for noise and caches.
-    assert large < 24 * small + 0.02, (small, large)
+    # Eight times the input: quadratic time would take 64 times as long; a factor of three is left for noise and caches,
+    # and a machine that is busy otherwise gets five tries: what is quadratic fails in all of them.
+    tries = ((seconds(60_000), seconds(480_000)) for _ in range(5))
+    assert any(large < 24 * small + 0.02 for small, large in tries)
     assert len(d.extract_text(piece * 20_000)) <= 20 * len(piece) * 20_000
 
 
@@ -573,12 +592,15 @@ def test_save_and_load(tmp_path):
         d.FastText.load(str(tmp_path / "cut.bin"))
     with pytest.raises(ValueError, match="label"):
         d.FastText.train(["a"], [])
-    assert d.FastText.train([""], ["a"]).predict("")[0] == ("__label__a",)
+    with pytest.raises(ValueError, match="two or more; got 2 texts"):
+        d.FastText.train(["a", "b"], ["x", "x"])
+    assert d.FastText.train(["", ""], ["a", "b"]).predict("")[0][0] in ("__label__a", "__label__b")
 
 
 # ------------------------------------------------------------------------------------------------------ pipeline
-def run(*args, code=0, script="data_filter.py"):
-    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True)
+def run(*args, code=0, script="data_filter.py", cwd=None):
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -604,7 +626,8 @@ def test_the_sample_comes_out_as_planted(sample):
     assert gzip.decompress((sample / "one" / "sample.warc.jsonl.gz").read_bytes()) == gzip.decompress(
         (sample / "out" / "sample.warc.jsonl.gz").read_bytes())
     before = (sample / "out" / "sample.warc.jsonl.gz").stat().st_mtime_ns
-    run(sample / "sample.warc.gz", "--out", sample / "out")
+    said = run(sample / "sample.warc.gz", "--out", sample / "out")
+    assert "1 of 1 inputs were filtered before;" in said
     assert (sample / "out" / "sample.warc.jsonl.gz").stat().st_mtime_ns == before
     # A wrong answer is noticed.
     expected = json.loads((sample / "expected.json").read_text())
@@ -621,6 +644,12 @@ def test_shards_cover_everything_once(sample, tmp_path):
     for i in range(2):
         run(*files, "--out", tmp_path / "out", "--shard", f"{i}/2", "--languages")
         assert len(list((tmp_path / "out").glob("*.jsonl.gz"))) == (3, 5)[i]
+    # Two shards that would write the same name are told so, both of them: the later would take it for done.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "0.warc.gz").write_bytes(b"".join(archive(3)))
+    for i in range(2):
+        said = run(files[0], tmp_path / "other" / "0.warc.gz", "--out", tmp_path / "same", "--shard", f"{i}/2", code=2)
+        assert "two inputs are called 0.warc" in said
 
 
 def test_wet_stdin_and_models(tmp_path):
@@ -640,6 +669,13 @@ def test_wet_stdin_and_models(tmp_path):
     run("--train-quality", tmp_path / "pos", tmp_path / "neg", "--out", tmp_path / "q.bin")
     model = d.FastText.load(str(tmp_path / "q.bin"))
     assert model.likeliest("history page")[0] == "wiki" and model.likeliest("cheap things")[0] == "cc"
+    run("--train-quality", tmp_path / "pos", tmp_path / "neg", cwd=tmp_path)     # not where filtered pages go
+    assert (tmp_path / "out/data/quality.bin").read_bytes() == (tmp_path / "q.bin").read_bytes()
+    (tmp_path / "empty").write_text("")
+    for texts in ("pos", "empty"), ("empty", "neg"):
+        said = run("--train-quality", *(tmp_path / name for name in texts), "--out", tmp_path / "no.bin", code=2)
+        assert "want a label for each text, and two or more; got 20 texts, Counter({" in said
+        assert not (tmp_path / "no.bin").exists()
     (tmp_path / "in.warc").write_bytes(wet)
     out = run(tmp_path / "in.warc", "--out", tmp_path / "m", "--quality", tmp_path / "q.bin", "--without", "gopher",
               "repetition", "fineweb", "c4")
@@ -673,6 +709,8 @@ def test_bench(tmp_path):
     (tmp_path / "good.warc.gz").write_bytes(b"".join(archive(2)))
     assert "100,000 WET files" in run("--bench", tmp_path / "good.warc.gz")
     assert os.listdir(tmp_path) == ["good.warc.gz"]                  # nothing is kept
+    (tmp_path / "zero.warc").write_bytes(gzip.decompress(warc_record("http://a.test/", b"")))
+    assert "zero.warc: nan MB/s" in run("--bench", tmp_path / "zero.warc")
 
 
 def test_progress(tmp_path, monkeypatch, capsys):
@@ -686,15 +724,77 @@ def test_progress(tmp_path, monkeypatch, capsys):
 def test_a_killed_run_leaves_nothing_half_written(sample, tmp_path):
     archive = str(sample / "sample.warc.gz")
     command = [sys.executable, str(ROOT / "data_filter.py"), archive, "--out", str(tmp_path / "o")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    while process.poll() is None and not list((tmp_path / "o").glob(".*.tmp")):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children")           # where there is such a file
+    while process.poll() is None and not (list((tmp_path / "o").glob(".*.tmp")) and (
+            workers.read_text() if workers.exists() else True)):
         time.sleep(0.02)
     assert process.poll() is None, "the run was over before it could be killed"
-    os.killpg(process.pid, 9)
-    process.wait()
+    process.kill()
+    process.communicate(timeout=120)                                 # ends when no worker has the pipe open any more
     assert not [name for name in os.listdir(tmp_path / "o") if name[0] != "."]
     run(*command[2:])
     assert {"sample.warc.jsonl.gz", "sample.warc.report.json"} < set(os.listdir(tmp_path / "o"))
+
+
+def die_of(record, **options):
+    """A page that costs the worker its life, as one that takes all memory does."""
+    if record.url == "http://a.test/3":
+        os.kill(os.getpid(), 9)
+    return FILTER_RECORD(record, **options)
+
+
+FILTER_RECORD = d.filter_record
+
+
+def test_a_killed_worker_is_told_and_the_other_files_are_filtered(tmp_path, monkeypatch):
+    (tmp_path / "bad.warc.gz").write_bytes(b"".join(archive(40)))
+    (tmp_path / "good.warc.gz").write_bytes(b"".join(archive(2)))
+    monkeypatch.setattr(d, "filter_record", die_of)
+    with pytest.raises(ValueError, match=r"^1 of 2 inputs gave nothing: .*bad.warc.gz: a worker was killed"):
+        d.filter_files([str(tmp_path / "bad.warc.gz"), str(tmp_path / "good.warc.gz")], str(tmp_path / "o"), workers=2)
+    assert sorted(os.listdir(tmp_path / "o")) == ["good.warc.jsonl.gz", "good.warc.report.json"]
+
+
+def test_pages_come_in_order_and_few_are_read_ahead(monkeypatch):
+    taken = 0
+
+    def pages(n):
+        nonlocal taken
+        for taken in range(1, n + 1):
+            yield d.Record("conversion", str(taken), {}, b"")
+    for n in (0, 1, 16, 17, 300):
+        assert [page["url"] for _, page in d.filter_records(pages(n), 2, {})] == [str(i + 1) for i in range(n)]
+    some = d.filter_records(pages(10**6), 2, {})
+    for i in range(1000):
+        next(some)
+        assert taken <= i + 1 + 6 * 16
+    some.close()
+
+
+def test_a_lost_connection_is_no_whole_file(tmp_path):
+    body, left_out = b"".join(archive(4)), 0
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[:len(body) - left_out])
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/crawl.warc.gz"
+        for left_out in (len(archive(4)[-1]), 5):                    # between two records, and in one
+            with pytest.raises(ValueError, match=f"connection was lost {left_out} bytes before the end"):
+                d.filter_files([url], str(tmp_path / "o"), workers=1)
+            assert os.listdir(tmp_path / "o") == []
+        left_out = 0
+        d.filter_files([url], str(tmp_path / "o"), workers=1)
+        assert sorted(os.listdir(tmp_path / "o")) == ["crawl.warc.jsonl.gz", "crawl.warc.report.json"]
+        server.shutdown()
 
 
 def test_near_duplicates_are_checked_after_dedup(sample, tmp_path):
