@@ -650,6 +650,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.inputs[:1] == ["bench"]:
+            if len(args.inputs) > 3 or not all(re.fullmatch("[1-9][0-9]*", number) for number in args.inputs[1:]):
+                raise ValueError(f"want bench [DOCUMENTS [WORDS]], as in bench 20000 400; got {' '.join(args.inputs)}")
             bench(*map(int, args.inputs[1:]), seed=args.seed)
         elif not args.inputs:
             walk_through(args.seed)

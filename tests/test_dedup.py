@@ -446,7 +446,8 @@ def test_command_line_says_what_is_wrong(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b"{")
     for arguments in [tmp_path / "gone", "--out", tmp_path / "out"], [tmp_path / "c.jsonl"], \
             [tmp_path / "c.jsonl", "--out", tmp_path / "out"], [tmp_path / "c.jsonl", "--out", tmp_path / "out",
-                                                                "--num-bands", "3"]:
+                                                                "--num-bands", "3"], \
+            ["bench", "x"], ["bench", "0"], ["bench", "1", "2", "3"]:
         done = command_line(*arguments)
         assert done.returncode == 2 and done.stderr.startswith("dedup.py: "), done.stderr
         assert done.stderr.count("\n") == 1, done.stderr
