@@ -64,7 +64,7 @@ def balanced_box(text: str) -> str | None:
     return None
 
 def normalize_answer(text: str) -> str:
-    r"""One spelling for what means the same: `\dfrac12` -> `1/2`, `\text{ cm}` -> ` cm`, `$5,000$.` -> `5,000`."""
+    r"""One spelling for what means the same: `\dfrac12` -> `1/2`, `2\text{ cm}` -> `2 cm`, `$5,000$.` -> `5,000`."""
     for old, new in SPELLING:
         text = text.replace(old, new)
     text = TEXT.sub(r" \1", text)
@@ -172,8 +172,8 @@ def compute_group_normalized_rewards(
         advantage_eps: float, normalize_by_std: bool) -> tuple[Tensor, Tensor, dict[str, float]]:
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group of answers to a question (arXiv:2402.03300, 4.1.2).
     std is the unbiased one (divided by G - 1); normalize_by_std=False leaves the division out (Dr. GRPO). A group of
-    one, and a group whose rewards are all alike, has advantage 0. The N responses of a batch stand group by group.
-    Returns: advantages and raw_rewards (N,), float32; the means of the rewards and the share of groups all alike."""
+    one, or of rewards all alike, has advantage 0. The N responses stand group by group, or: ValueError. Returns:
+    advantages and raw_rewards (N,), float32; mean rewards, share of groups all alike. Example: [1, 0] -> [.71, -.71]"""
     N = len(rollout_responses)
     if group_size < 1 or N == 0 or N % group_size or len(repeated_ground_truths) != N:
         raise ValueError(f"{N} responses and {len(repeated_ground_truths)} ground truths do not make groups of "
@@ -211,7 +211,7 @@ def compute_grpo_clip_loss(advantages: Tensor, policy_log_probs: Tensor, old_log
                            cliprange) -> tuple[Tensor, dict[str, Tensor]]:
     """GRPO's loss at each token, with rho_t = pi(o_t) / pi_old(o_t) (arXiv:2402.03300, eq. 3, without the KL term).
     advantages (B, 1); log-probs (B, T); cliprange as in clip_range, or None. Returns: loss (B, T); metadata "clipped"
-    (bool) and "ratio", (B, T)."""
+    (bool) and "ratio", (B, T). Example: A 1, a ratio of 1.5, cliprange 0.2 -> -1.2, clipped"""
     ratio = (policy_log_probs - old_log_probs.detach()).exp()
     return clipped_surrogate(ratio, advantages.reshape(len(ratio), 1), cliprange)
 
@@ -231,7 +231,7 @@ LOSS_TYPES = {"no_baseline": ["raw_rewards"], "reinforce_with_baseline": ["advan
 def compute_policy_gradient_loss(policy_log_probs: Tensor, loss_type: str, raw_rewards: Tensor | None = None,
                                  advantages: Tensor | None = None, old_log_probs: Tensor | None = None,
                                  cliprange=None, response_mask: Tensor | None = None) -> tuple[Tensor, dict]:
-    """The loss of that name at each token, (B, T), and its metadata. raw_rewards and advantages are (B, 1)."""
+    """The named loss, (B, T), and its metadata; rewards, advantages (B, 1). Raises: ValueError, of what is missing."""
     given = locals()
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type {loss_type!r} is none of {', '.join(LOSS_TYPES)}")
@@ -266,7 +266,7 @@ def grpo_microbatch_train_step(
     """One micro-batch: loss at each token, `aggregate`, divided by gradient_accumulation_steps, backward.
     Args: policy_log_probs, response_mask, old_log_probs, importance_weights (B, T); raw_rewards, advantages (B, 1).
     gradient_accumulation_steps may be a fraction: with B_all / B (for "token" tokens_all / tokens) micro-batches of
-    unequal size add up to the loss of the whole batch exactly.
+    unequal size add up to the loss of the whole batch exactly. Example: B_all 8, 2 rows -> 4.
     Returns: the loss as divided, detached; metadata, with the response tokens' "clip_fraction" if there is a clip."""
     per_token, metadata = compute_policy_gradient_loss(policy_log_probs, loss_type, raw_rewards, advantages,
                                                        old_log_probs, cliprange, response_mask)
@@ -618,8 +618,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--bench", action="store_true", help="time the grader")
     add("--table", nargs="+", metavar="RUN_DIR", help="print runs beside each other")
     for field in fields(GRPOConfig):
+        without = f"; without --model {EMBEDDED[field.name]}" if field.name in EMBEDDED else ""
         how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": type(field.default)}
-        add("--" + field.name.replace("_", "-"), help=f"default {field.default}", **how)
+        add("--" + field.name.replace("_", "-"), help=f"default {field.default}{without}", **how)
     args = parser.parse_args(argv)
     try:
         if args.explain:
@@ -672,8 +673,7 @@ def run(args: argparse.Namespace, config: GRPOConfig) -> None:
     print(f"{config.algorithm}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; "
           f"{len(problems)} problems, {len(held_out)} held out")
     def score(answers: list) -> tuple[Tensor, Tensor]:
-        batch = sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], end)
-        ids, labels, mask = sft.beside(model, batch)
+        ids, labels, mask = sft.beside(model, sft.collate([a.prompt_ids for a in answers], [a.ids for a in answers], 0))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             scored = sft.get_response_log_probs_chunked(model, ids, labels, response_mask=mask, head_log_probs=head)
         return scored["log_probs"], mask

@@ -6,7 +6,7 @@ Source:     Vaswani et al. 2017, arXiv:1706.03762; RMSNorm arXiv:1910.07467 (eq.
             SwiGLU arXiv:2002.05202 (eq. 6); grouped queries arXiv:2305.13245; top-p arXiv:1904.09751 (eq. 2).
 Deviations: normalises before each sub-layer and once at the end (in 2017: after each); no biases unless asked;
             embeddings from N(0, 1), linear weights from N(0, 2/(d_in+d_out)), both cut at 3 sigma.
-Copy:       this file alone; needs torch (triton only for backend="triton" and graph=True). MIT.
+Copy:       this file alone; needs torch (numpy for checkpoints, triton for backend="triton" and graph=True). MIT.
 Run:        python model.py
             RoPE turns (1, 0) at positions 0, 1, 2 into (1.00, 0.00), (0.54, 0.84), (-0.42, 0.91)
             XL      2,127,057,600   4.51   22.3%    7.1%   66.9%    3.6%             244                 92.8
@@ -37,7 +37,7 @@ except ImportError:
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and switches of a TransformerLM. Widths left None are filled in, so that reading them gives numbers
-    (`dataclasses.replace` keeps those: give None again to have them follow). Raises: ValueError if it cannot be."""
+    (`dataclasses.replace` keeps them unless given None). Raises: ValueError. Example: ModelConfig().d_ff -> 1344"""
     vocab_size: int = 10_000
     context_length: int = 256          # tokens; the longest sequence the position tables reach
     d_model: int = 512
@@ -102,7 +102,7 @@ class Embedding(nn.Module):
         return torch.embedding(self.weight, token_ids)   # weight[token_ids], whose backward pass adds up in fp32
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32, returned in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32; x's dtype. Example: [3, 4] -> [.85, 1.13]"""
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(d_model))
@@ -116,11 +116,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x)."""
+    """x * sigmoid(x). Example: 1 -> 0.7311"""
     return x * torch.sigmoid(x)
 
 class SwiGLU(nn.Module):
-    """w2(silu(w1 x) * w3 x): a feed-forward layer with gated hidden units (eq. 6). gated=False: w2(silu(w1 x))."""
+    """w2(silu(w1 x) * w3 x) (eq. 6); gated=False: w2(silu(w1 x)). Example: SwiGLU(8, 64)(torch.ones(2, 8)) is (2, 8)"""
     def __init__(self, d_model: int, d_ff: int, gated: bool = True):
         super().__init__()
         self.w1, self.w2 = Linear(d_model, d_ff), Linear(d_ff, d_model)
@@ -165,14 +165,14 @@ class RotaryPositionalEmbedding(nn.Module):
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 def softmax(x: Tensor, dim: int) -> Tensor:
-    """exp(x) / sum(exp(x)) along dim; the maximum is taken off first, as exp() overflows fp32 from 89 on."""
+    """exp(x) / sum(exp(x)) along dim; less the maximum: exp(89) overflows fp32. Example: [0, log 3] -> [1/4, 3/4]"""
     weights = (x - x.amax(dim, keepdim=True)).exp()
     return weights / weights.sum(dim, keepdim=True)
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(K)) v (arXiv:1706.03762, eq. 1); the softmax in fp32, the result (..., T, Kv) in v's dtype.
     q (..., T, K), k (..., S, K), v (..., S, Kv); mask (..., T, S) bool, True where a query may look at a key. A query
-    that may look at nothing gets zeros."""
+    that may look at nothing gets zeros. Example: q = 0 -> the mean of the v that it sees."""
     scores = at_least_float32(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]))             # (..., T, S)
     if mask is None:
         return softmax(scores, -1).to(v.dtype) @ v
@@ -235,7 +235,7 @@ class TransformerLM(nn.Module):
     """token_ids (B, T) int -> logits (B, T, V): at each position, the scores of the token that comes next.
     attention: how the heads attend: plain_attention (default), sdpa_attention, or any function with the same contract.
     checkpoint_every: k > 0 drops the activations of every k-th block and makes them again in the backward pass.
-    Example: TransformerLM(ModelConfig(vocab_size=100))(torch.tensor([[1, 2, 3]])).shape -> (1, 3, 100)"""
+    Raises: as hidden. Example: TransformerLM(ModelConfig(vocab_size=100))(torch.ones(1, 3).int()) is (1, 3, 100)"""
     def __init__(self, config: ModelConfig, attention=None, checkpoint_every: int = 0):
         super().__init__()
         self.config, self.checkpoint_every, c = config, checkpoint_every, config
@@ -291,7 +291,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, bac
     hidden (..., D), weight (V, D), targets (...) int. Products are in hidden's dtype, or autocast's; softmax, loss and
     the sum of weight's gradient in fp32. backend: "torch", or "triton" for one kernel per chunk between the products
     (CUDA). chunk: rows; None takes what fits 560 MB (32 MB on a CPU).
-    Raises: ValueError for shapes that do not fit, no target, or a backend that cannot run here."""
+    Raises: ValueError for shapes that do not fit, no target, a backend that cannot run. Example: weight 0 -> log V"""
     N, (V, D), kind = targets.numel(), weight.shape, hidden.device.type
     if hidden.shape != (*targets.shape, D) or N == 0 or chunk is not None and chunk < 1:
         raise ValueError(f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}, "
@@ -484,9 +484,9 @@ def generate(model: TransformerLM, prompts: list[list[int]], *, max_new_tokens: 
                        ("temperature", 0 <= temperature < math.inf), ("top_p", 0 < top_p <= 1), ("top_k", top_k >= 0),
                        ("num_samples", num_samples > 0), ("stop_ids", all(0 <= i < c.vocab_size for i in stop_ids)),
                        ("stop_strings", "" not in stop_strings), ("prompts", all(len(p) for p in prompts)),
-                       ("decode", decode is not None or not stop_strings)):
+                       ("decode, for stop_strings,", decode is not None or not stop_strings)):
         if not fine:
-            raise ValueError(f"{name} is missing, empty or out of range: {locals()[name]!r:.80}")
+            raise ValueError(f"{name} is missing, empty or out of range: {locals()[name.split(',')[0]]!r:.80}")
     if graph and not (cuda and triton is not None and use_cache and K in (16, 32, 64, 128, 256)):
         raise ValueError(f"graph=True needs a GPU, Triton, the cache, head_dim 16, 32, ... 256; not {device}, {K}")
     if not prompts:
@@ -563,14 +563,14 @@ def _extend(sample: Generation, ids: list[int], logprobs: list[float], limit: in
 
 # ----------------------------------------------------------------------------------------------------- what it costs
 def count_parameters(model: ModelConfig | nn.Module) -> int:
-    """Numbers to be trained, of a module or of a config; shared ones once."""
+    """Numbers to be trained, of a module or of a config; shared ones once. Example: ModelConfig() -> 22,696,448"""
     with torch.device("meta"):                                   # shapes without numbers
         module = TransformerLM(model) if isinstance(model, ModelConfig) else model
     return sum(p.numel() for p in module.parameters())
 
 def count_flops(config: ModelConfig, seq_len: int) -> dict[str, int]:
     """FLOPs of the matrix products in one forward pass over one sequence, by component and in "total": 2mkn for
-    (m, k) x (k, n), attention in full, not halved for causality. A training step is three times the total."""
+    (m, k) x (k, n), attention not halved for causality; training: three times it. ModelConfig(), 256 -> total 9.53e9"""
     c, T = config, seq_len
     widths = 2 * (c.num_heads + c.num_kv_heads) * c.head_dim     # of q and output, k and v
     flops = {"attention projections": c.num_layers * 2 * T * c.d_model * widths,
@@ -635,7 +635,7 @@ def hf_name(name: str) -> str:
 def load_hf(directory, *, device="cpu", dtype: torch.dtype | None = None, **options) -> TransformerLM:
     """A Llama, Qwen2, Qwen2.5 or Qwen3 checkpoint in Hugging Face form: config.json and model*.safetensors, any number.
     dtype: of the weights; None keeps the checkpoint's. options: attention and checkpoint_every of TransformerLM.
-    Raises: ValueError saying what is wrong with it."""
+    Raises: ValueError saying what is wrong with it. Example: load_hf("Qwen2.5-1.5B", dtype=torch.bfloat16)"""
     try:
         config = _config_from_hf(json.loads(Path(directory, "config.json").read_text(encoding="utf-8")))
         with torch.device("meta"):                               # no time is spent on random weights

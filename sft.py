@@ -77,8 +77,8 @@ def collate(prompt_ids: list[list[int]], output_ids: list[list[int]], pad_id: in
     return {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "response_mask": mask[:, 1:]}   # each (B, T)
 
 def tokenize_prompt_and_output(prompt_strs: list[str], output_strs: list[str], tokenizer) -> dict[str, Tensor]:
-    """`collate` for strings. Prompt and output are tokenized apart, as they are when the output is generated:
-    joined first, a merge could swallow the border and the mask would cut a token in two."""
+    """`collate` for strings, and raises as it does, or for a single string. Prompt and output are tokenized apart, as
+    when the output is generated: joined first, a merge could swallow the border and cut the mask through a token."""
     if isinstance(prompt_strs, str) or isinstance(output_strs, str):
         raise ValueError("prompt_strs and output_strs are lists of strings; wrap a single one in a list")
     pad_id = getattr(tokenizer, "pad_token_id", None)
@@ -116,9 +116,8 @@ def get_response_log_probs_chunked(model, input_ids: Tensor, labels: Tensor, ret
                                    response_mask: Tensor | None = None, chunk_tokens: int = 2048,
                                    head_log_probs: Callable = head_log_probs) -> dict[str, Tensor]:
     """The same for our TransformerLM without ever holding the (B, T, V) logits: the head runs over `chunk_tokens`
-    positions at a time, and again in the backward pass. With a response_mask it runs where that is true; elsewhere the
-    result is 0. At V = 151,936 a chunk of 2048 holds 1.2 GB in fp32; 256 x 1024 positions at once would hold 159 GB.
-    head_log_probs: that function, or torch.compile of it."""
+    positions at a time, and again in the backward pass; with a response_mask where that is true, the rest is 0. At
+    V = 151,936, 2048 take 1.2 GB in fp32, 256 x 1024 at once 159 GB. head_log_probs: it, or torch.compile of it."""
     hidden = model.hidden(input_ids)                                                     # (B, T, D)
     where = torch.ones_like(labels, dtype=torch.bool) if response_mask is None else response_mask.bool()
     parts = [checkpoint(head_log_probs, model.lm_head, rows, targets, return_token_entropy, use_reentrant=False)
@@ -175,8 +174,8 @@ class PackedDataset(torch.utils.data.Dataset):
     """Instruction data as one long row of tokens, cut into chunks of `seq_length` without overlap.
     Each {"prompt", "response"} becomes the Alpaca template and the end-of-text id; the documents are joined, in
     shuffled order with shuffle=True. Item i is {"input_ids", "labels"}, (seq_length,) int64 each: the labels are
-    shifted by one, so the last label of a chunk is the first input of the next. A last chunk that is not full is
-    dropped. The instruction's tokens are learned too: what packing trades for its speed."""
+    shifted by one, so the last label of a chunk is the first input of the next; a rest is dropped (100 tokens by 32 are
+    3 items). Instructions are learned too, packing's price. Raises: ValueError for a foreign or too short file."""
     def __init__(self, tokenizer, dataset_path: str, seq_length: int, shuffle: bool, seed: int = 0):
         examples = read_json_lines(dataset_path, "prompt", "response")
         if shuffle:
@@ -195,7 +194,7 @@ class PackedDataset(torch.utils.data.Dataset):
         return {"input_ids": chunk[:-1], "labels": chunk[1:]}
 
 def iterate_batches(dataset, batch_size: int, shuffle: bool, seed: int = 0) -> torch.utils.data.DataLoader:
-    """Batches {"input_ids", "labels"} (batch_size, seq_length) over one epoch; the last may be smaller."""
+    """Batches {"input_ids", "labels"} (batch_size, seq_length) over one epoch. Example: 5 items by 2 -> 2, 2 and 1"""
     return torch.utils.data.DataLoader(dataset, batch_size, shuffle, generator=torch.Generator().manual_seed(seed))
 
 # ---------------------------------------------------------------- reading an answer out of free text
@@ -231,7 +230,7 @@ def preference_margin(model, tokenizer, prompts: list[str], chosen: list[str], r
 def dpo_loss(lm, lm_ref, tokenizer, beta: float, prompt, response_chosen, response_rejected) -> Tensor:
     """-log sigmoid(beta * [policy's margin - reference's margin]), mean over the pairs (arXiv:2305.18290, eq. 7). Sums
     of log-probs, not means: a mean would reward length for its own sake. prompt and responses: a string each, or a
-    list each. lm_ref is not differentiated and may live on another device. Returns: a scalar on lm's device."""
+    list each, as many (or ValueError). lm_ref has no gradient, may be on another device. Example: lm twice -> log 2"""
     as_list = [[x] if isinstance(x, str) else list(x) for x in (prompt, response_chosen, response_rejected)]
     if len({len(x) for x in as_list}) != 1 or not as_list[0]:
         raise ValueError(f"need as many prompts as chosen and rejected responses, got {[len(x) for x in as_list]}")
@@ -421,8 +420,7 @@ def log_generations(engine, tokenizer, problems: list[dict], reward_fn: Callable
              "length": len(a.ids)} for p, a in zip(problems, answers)]
     for start in range(0, len(rows) if model is not None else 0, 64):
         part = answers[start:start + 64]
-        batch = collate([a.prompt_ids for a in part], [a.ids for a in part], end_of_text_id(tokenizer))
-        ids, labels, masks = beside(model, batch)
+        ids, labels, masks = beside(model, collate([a.prompt_ids for a in part], [a.ids for a in part], pad_id=0))
         with torch.no_grad():
             entropies = get_response_log_probs_chunked(model, ids, labels, True, masks)["token_entropy"]
         for row, entropy in zip(rows[start:], entropies.sum(-1) / masks.sum(-1)):
@@ -540,8 +538,7 @@ def self_check(seed: int = 0) -> float:
     batch, model = collate([[1, 2, 3], [1]], [[4, 5], [6, 7]], pad_id=0), toy_model(11, 8)
     ids, labels, mask = batch.values()
     print("prompts [1 2 3] and [1], outputs [4 5] and [6 7], padded with 0, labels shifted by one:")
-    for key, value in batch.items():
-        print(f"  {key:14s} {value.int().tolist()}")
+    print(*(f"  {key:14s} {value.int().tolist()}" for key, value in batch.items()), sep="\n")
     plain = get_response_log_probs(model, ids, labels, True)
     fast = get_response_log_probs_chunked(model, ids, labels, True, mask, chunk_tokens=3)
     sums = masked_normalize(plain["log_probs"], mask, dim=-1)
@@ -585,10 +582,11 @@ def main(argv: list[str] | None = None) -> int:
                            ("device", *["cuda"] * torch.cuda.is_available(), "cpu")):
         add("--" + name, default=choices[0], choices=choices)
     for name, kind, default, *about in (
-            ("epochs", float, None, "default 3; instruct, dpo: 1"), ("lr", float, None, "default 1e-3; dpo: 1e-4"),
-            ("batch-size", int, 32), ("micro-batch-size", int, 32), ("beta", float, 0.1), ("temperature", float, 1.0),
-            ("limit", int, 256, "problems in an evaluation, default 256"), ("max-tokens", int, 64), ("seed", int, 0),
-            ("eval-every", int, 0, "steps, default at the end"), ("seq-length", int, 128), ("base-steps", int, 800)):
+            ("epochs", float, None, "default 3; instruct, dpo: 1"), ("batch-size", int, 32), ("beta", float, 0.1),
+            ("lr", float, None, "default 1e-3; dpo: 1e-4; with --model a hundredth"), ("micro-batch-size", int, 32),
+            ("temperature", float, None, "default 1; eval with --model: 0, which is greedy"), ("seq-length", int, 128),
+            ("max-tokens", int, None, "default 64; --model: 512"), ("eval-every", int, 0, "steps, default at the end"),
+            ("limit", int, 256, "problems to evaluate, default 256"), ("seed", int, 0), ("base-steps", int, 800)):
         add("--" + name, type=kind, default=default, help=about[0] if about else f"default {default}")
     add("--drop-long", action="store_true", help="train without the examples longer than the model's context")
     add("--explain", action="store_true", help="walk through a tiny batch and check the file")
@@ -620,26 +618,29 @@ def run(args: argparse.Namespace) -> None:
     if not args.model and not os.path.exists(f"{home}/base/config.json"):
         print(f"{home}/base: training the base model from scratch")
         make_base(f"{home}/base", args.seed, args.base_steps)
-    source, out, lr = args.model or f"{home}/{folder}", args.out or f"{home}/{args.action}", args.lr or lr
+    judge, source, lr = args.action == "eval", args.model or f"{home}/{folder}", args.lr or lr / 100 ** bool(args.model)
+    heat = args.temperature if args.temperature is not None else float(not (judge and args.model))
+    answers = f"out/eval-{args.task}.json{'l' * (args.task != 'alpaca-eval')}"
+    out = args.out or (answers if judge else f"{home}/{args.action}")
     valid = args.valid or (f"{home}/base/data/{valid}" if valid and not args.data else None)
     data = args.data or f"{home}/base/data/{data}"
-    there, file = next(p for p in (Path(out), *Path(out).absolute().parents) if p.exists()), args.action == "eval"
-    if there.is_dir() == (file and there == Path(out)) or not os.access(there, os.W_OK) or [*Path(out).glob("model-*")]:
-        raise ValueError(f"--out {out} cannot be written: {there} is read-only, the wrong kind, or holds shards")
+    near = next(path for path in (Path(out), *Path(out).absolute().parents) if path.exists())
+    if near.is_dir() == (judge and near == Path(out)) or not os.access(near, os.W_OK) or [*Path(out).glob("model-*")]:
+        raise ValueError(f"--out {out} cannot be written: {near} is read-only, the wrong kind, or holds shards")
     model = model_py.load_hf(source, device=args.device, dtype=torch.float32, attention=model_py.sdpa_attention)
     tokenizer = bpe.Tokenizer.from_file(os.path.join(source, "tokenizer.json"))
     print(f"{args.action}: {source}, {model_py.count_parameters(model):,} parameters, on {args.device}; data {data}")
     if args.action in ("sft", "eval"):                                  # those that write answers
         engine = grpo.open_engine(args.engine, model, tokenizer, source, end_of_text_id(tokenizer), args.dtype)
     optimizer = optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    sampling = dict(max_tokens=args.max_tokens, min_tokens=1, seed=args.seed)
+    sampling = dict(max_tokens=args.max_tokens or (512 if args.model else 64), min_tokens=1, seed=args.seed)
     tune = functools.partial(
         fine_tune, model, clip=optim.clip_grad_norm_, epochs=args.epochs or epochs, batch_size=args.batch_size,
         micro_batch_size=args.micro_batch_size, eval_every=args.eval_every, seed=args.seed,
         schedule=lambda step, total: optim.cosine_lr(step, lr, lr / 10, round(0.03 * total), total))
     fitting = functools.partial(keep_fitting, room=model.config.context_length, drop=args.drop_long)
-    if args.action == "eval":
-        result = evaluate_task(args, engine, tokenizer, model, data, sampling | {"temperature": args.temperature}, grpo)
+    if judge:
+        result = evaluate_task(args, engine, tokenizer, model, data, out, sampling | {"temperature": heat}, grpo)
     elif args.action == "sft":
         examples = read_problems(data, boxed=grpo.balanced_box)
         if not all(isinstance(e.get("response"), str) for e in examples) or not any(e["response"] for e in examples):
@@ -652,7 +653,7 @@ def run(args: argparse.Namespace) -> None:
                                    temperature=temperature, **sampling, **options) if held_out else {}
         mean_length = sum(len(encode(tokenizer, e["response"])) for e in examples) / len(examples)
         result = tune(optimizer, examples, functools.partial(sft_micro_step, model, tokenizer, mean_length),
-                      evaluate=lambda: evaluate(args.temperature, path=f"{out}/generations.jsonl", show=1))
+                      evaluate=lambda: evaluate(heat, path=f"{out}/generations.jsonl", show=1))
         result |= {"greedy": evaluate(0.0)["accuracy"]} if held_out else {}
     elif args.action == "instruct":
         dataset = PackedDataset(tokenizer, data, args.seq_length, shuffle=True, seed=args.seed)
@@ -667,15 +668,14 @@ def run(args: argparse.Namespace) -> None:
         result = tune(torch.optim.RMSprop(model.parameters(), lr=lr), pairs, keep_best="accuracy",
                       micro_step=functools.partial(dpo_micro_step, model, reference, tokenizer, args.beta),
                       evaluate=lambda: {"accuracy": preference_accuracy(model, tokenizer, held_out)})
-    if args.action != "eval":
+    if not judge:
         model_py.save_hf(model, out, tokenizer)
         print(f"wrote {out}")
     print("RESULT " + json.dumps({"action": args.action, "seed": args.seed, **result}))
 
-def evaluate_task(args, engine, tokenizer, model, data: str, sampling: dict, grpo) -> dict[str, float]:
+def evaluate_task(args, engine, tokenizer, model, data: str, out: str, sampling: dict, grpo) -> dict[str, float]:
     """Zero-shot: answers to a file, graded where there is a truth."""
-    out, alpaca = args.out or f"out/eval-{args.task}.jsonl", args.task == "alpaca-eval"
-    if alpaca or args.task == "safety":                                 # a JSON list, or a CSV file
+    if (alpaca := args.task == "alpaca-eval") or args.task == "safety":                   # a JSON list, or a CSV file
         key, about = ("instruction", {"generator": args.model or "twelve"}) if alpaca else ("prompts_final", {})
         try:
             with open(data, encoding="utf-8", newline="") as file:

@@ -566,6 +566,20 @@ def test_table_of_a_run_that_has_just_begun(tmp_path, capsys):
     assert "0.250 -> 0.250" in capsys.readouterr().out
 
 
+def test_help_names_both_defaults(capsys):
+    with pytest.raises(SystemExit):
+        grpo.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--steps STEPS default 200; without --model 100" in text
+    assert "--lr LR default 1e-05; without --model 0.0001" in text
+    assert "--group-size GROUP_SIZE default 8 --" in text
+
+
+def test_normalize_answer_s_own_examples():
+    for text, plain in ((r"\dfrac12", "1/2"), (r"2\text{ cm}", "2 cm"), ("$5,000$.", "5,000")):
+        assert grpo.normalize_answer(text) == plain and f"`{text}` -> `{plain}`" in grpo.normalize_answer.__doc__
+
+
 def test_command_line_says_one_line(capsys, tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     for argv, message in (

@@ -641,7 +641,7 @@ def test_generate_refuses():
                                    ([[1]], {"top_p": 0}, "top_p"), ([[1]], {"top_p": 1.1}, "top_p"),
                                    ([[1]], {"top_k": -1}, "top_k"),
                                    ([[1]], {"num_samples": 0}, "num_samples"),
-                                   ([[1]], {"stop_strings": ["x"]}, "decode"),
+                                   ([[1]], {"stop_strings": ["x"]}, "decode, for stop_strings"),
                                    ([[1]], {"stop_strings": [""], "decode": str}, "empty"), ([[37]], {}, "vocabulary"),
                                    ([[1]], {"stop_ids": [37]}, "stop_ids"),
                                    ([[1]], {"min_new_tokens": -1}, "min_new_tokens")]:

@@ -666,6 +666,45 @@ def test_eval_of_a_prompt_longer_than_the_context(folder, tmp_path, capsys):
     assert row["entropy"] > 0 and row["length"] <= 5 and len(row["prompt"]) > 5 * context  # logged whole, read cut
 
 
+def test_defaults_of_a_real_model_and_of_the_embedded_one(folder, tokenizer, tmp_path, capsys, monkeypatch):
+    """A model that is given is asked greedily, for long answers, and tuned a hundred times more gently."""
+    import shutil
+
+    import grpo
+    import optim
+
+    seen, rates = [], []
+
+    class Engine(FakeEngine):
+        def generate(self, prompts, **settings):
+            seen.append((settings["temperature"], settings["max_tokens"]))
+            return super().generate(prompts, **settings)
+
+        def sync(self, model):
+            pass
+
+    monkeypatch.setattr(grpo, "open_engine", lambda *given: Engine(tokenizer, ["a", "b"]))
+    monkeypatch.setattr(optim, "cosine_lr", lambda step, lr, *rest: rates.append(lr) or lr)
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "sft"):
+        shutil.copytree(folder, f"out/arithmetic-0/{name}")
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"so #### {i}"}) + "\n" for i in range(2)))
+    (tmp_path / "a.json").write_text(json.dumps([{"instruction": "Hi"}, {"instruction": "Ho"}]))
+    real = ["--model", folder]
+    for argv in ([], real, [*real, "--temperature", 0.5, "--max-tokens", 7]):
+        assert run(capsys, "eval", "--data", data, *argv)[0] == 0
+    assert seen == [(1.0, 64), (0.0, 512), (0.5, 7)] and (tmp_path / "out" / "eval-reasoning.jsonl").exists()
+    assert run(capsys, "eval", "--task", "alpaca-eval", "--data", tmp_path / "a.json", *real)[0] == 0
+    assert len(json.loads((tmp_path / "out" / "eval-alpaca-eval.json").read_text())) == 2  # one JSON list, not lines
+    seen.clear()
+    for argv in ([], real, [*real, "--lr", 0.01]):
+        argv = ["--data", data, "--valid", data, "--epochs", 1, "--out", tmp_path / "t", *argv]
+        assert run(capsys, "sft", *argv)[0] == 0
+    assert seen == [(1.0, 64), (0.0, 64)] + [(1.0, 512), (0.0, 512)] * 2  # sampled, then greedy
+    assert rates == [1e-3, 1e-5, 0.01]
+
+
 @pytest.mark.parametrize(
     "action, rows",
     [
