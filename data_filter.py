@@ -4,19 +4,17 @@ What:       WARC and WET archives in; HTML to text, language, quality rules, har
             masked; JSON lines out. Each step is a function of its own, in lecture order.
 Source:     WARC 1.1 (ISO 28500); WHATWG HTML 13.2.5 and Encoding 4.2; Gopher, arXiv:2112.11446 A1.1; C4,
             arXiv:1910.10683 2.2; FineWeb, arXiv:2406.17557 3.6; FastText, arXiv:1607.01759 and 1607.04606.
-Deviations: 1. Scripts without spaces are spared the rules that count words. 2. Gopher's stop words and C4's bad words
-            are not used; the harm classifiers stand for the latter. 3. FineWeb's statistics are taken before C4's line
-            rules, which would hide them. 4. Later copies count as duplicate n-grams, not the first. 5. FastText: no
-            quantised .ftz files; trained by softmax, not negative sampling. 6. HTML: words that Resiliparse glues and
-            a browser shows apart (<details>, <option>) are kept apart.
+Deviations: 1. Scripts without spaces skip the rules that count words. 2. Gopher's stop words and C4's bad words are not
+            used; the harm classifiers stand for the latter. 3. FineWeb's statistics are taken before C4's line rules,
+            which would hide them. 4. Later copies count as duplicate n-grams, not the first. 5. FastText: no quantised
+            .ftz files; trained by softmax alone. 6. Words that Resiliparse glues (<details>, <option>) stay apart.
 Copy:       this file alone; needs numpy. MIT.
 Run:        python data_filter.py         # or CRAWL.warc.gz --out DIR, --train-quality, --bench, ...: see --help
             extract_text       '<h1>Caf&eacute;</h1>I <b>am</b><ul><li>in<script>1<2' -> 'Café\\n\\nI am\\n  • in'
             ... these, archives and FastText as known  OK
-Measured:   2-core CPU: 98.7% of the 20-word and 100% of the 80-word pieces of the Declaration of Human Rights, in 54
-            languages, right; 208 pydoc pages (10.2 MB) identical to Resiliparse 2.0.1's, at 0.67 of its speed, 35 MB/s
-            a core (tests/fixtures/make_data_filter.py languages, pydoc); 10 MB of any tag in 0.5 to 2 s. --bench: 3.1
-            to 4.1 MB of pages a second on both cores.
+Measured:   98.7% of the 20-word and 100% of the 80-word pieces of the Declaration of Human Rights, in 54 languages,
+            right; 208 pydoc pages identical to Resiliparse 2.0.1's, at 0.67 of its speed, 35 MB/s a core (by
+            tests/fixtures/make_data_filter.py); 10 MB of any tag in 0.5 to 2 s; 3.1 to 4.1 MB/s on 2 cores (--bench).
 """
 import argparse, codecs, contextlib, functools, gzip, heapq, html, http.client, io, itertools, json, math, os
 import multiprocessing, random, re, struct, sys, tempfile, threading, time, timeit, unicodedata, urllib.request, zlib
@@ -216,7 +214,8 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
     kinds = [KINDS.get(tag, OTHER) for tag in tags]
     out, lists = [], [-1]                                            # lists: the last number of each open one, or -1
     begin, breaks, cells, bullet, in_pre, in_paragraph, row_begun = 0, 0, 0, "", False, False, False
-    for i, kind, name in itertools.compress(zip(itertools.count(), kinds, tags), kinds):      # those not inline
+    for i in itertools.compress(range(len(kinds)), kinds):           # at every tag that is not inline
+        kind, name = kinds[i], tags[i]
         if kind == OTHER:
             kind = KINDS.get(name := name.lower(), OTHER)
         if not INLINE < kind < OTHER or in_pre and kind == BREAK:    # the line goes on
@@ -235,10 +234,10 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
             depth = len(lists) - 1 if len(lists) < 10 else 8
             out += "\n" * breaks, cells * TAB or INDENT[depth or 1 if bullet else depth and depth + 1], bullet, text
             breaks, cells, bullet = 0, 0, ""
-        breaks += kind == BREAK                                      # tabs before all cells but the first of a row
-        cells, row_begun = (cells + row_begun, True) if kind == CELL else (0, row_begun)
-        if kind in (BREAK, CELL):
+        if kind >= BREAK:                                            # tabs before all cells but the first of a row
+            breaks, cells, row_begun = (breaks + 1, 0, row_begun) if kind == BREAK else (breaks, cells + row_begun, True)
             continue
+        cells = 0
         if breaks < 2 and (kind == PARAGRAPH or in_paragraph and name[0] != "/"):        # a block ends the paragraph
             breaks = 2
         breaks, in_paragraph = breaks or 1, name == "p"
@@ -708,9 +707,10 @@ def filter_files(sources: list[str], out: str, workers=None, keep_dropped=0, sha
                     shown, left = seconds, seconds * (sum(sizes) / (sum(sizes[:i]) + position) - 1)
                     print(f"file {i + 1}/{len(jobs)} | {documents:,} documents | {documents / seconds:,.0f} "
                           f"documents/s | eta {left:.0f}s", file=sys.stderr)
-        except (OSError, ValueError, http.client.HTTPException, BrokenExecutor) as fault:
-            killed = "a worker was killed, for lack of memory? Try fewer --workers" * isinstance(fault, BrokenExecutor)
-            faults.append(f"{source}: {killed or fault}")            # the others are filtered all the same
+        except (BrokenExecutor, MemoryError):                        # the others are filtered all the same
+            faults.append(f"{source}: a worker was killed, for lack of memory? Try fewer --workers")
+        except (OSError, ValueError, http.client.HTTPException) as fault:
+            faults.append(f"{source}: {fault}")
     if faults:
         raise ValueError(f"{len(faults)} of {len(jobs)} inputs gave nothing: {'; '.join(faults[:9])}")
     return targets

@@ -738,9 +738,11 @@ def test_a_killed_run_leaves_nothing_half_written(sample, tmp_path):
 
 
 def die_of(record, **options):
-    """A page that costs the worker its life, as one that takes all memory does."""
+    """Pages that take all memory, or cost the worker its life."""
     if record.url == "http://a.test/3":
         os.kill(os.getpid(), 9)
+    if record.url == "http://a.test/1" and len(record.payload) % 2:
+        raise MemoryError
     return FILTER_RECORD(record, **options)
 
 
@@ -749,10 +751,13 @@ FILTER_RECORD = d.filter_record
 
 def test_a_killed_worker_is_told_and_the_other_files_are_filtered(tmp_path, monkeypatch):
     (tmp_path / "bad.warc.gz").write_bytes(b"".join(archive(40)))
+    (tmp_path / "large.warc.gz").write_bytes(warc_record("http://a.test/1", b"<p>odd"[:5]))
     (tmp_path / "good.warc.gz").write_bytes(b"".join(archive(2)))
     monkeypatch.setattr(d, "filter_record", die_of)
-    with pytest.raises(ValueError, match=r"^1 of 2 inputs gave nothing: .*bad.warc.gz: a worker was killed"):
-        d.filter_files([str(tmp_path / "bad.warc.gz"), str(tmp_path / "good.warc.gz")], str(tmp_path / "o"), workers=2)
+    with pytest.raises(ValueError, match=r"^2 of 3 inputs gave nothing: .*bad.warc.gz: a worker was killed.*; "
+                                         r".*large.warc.gz: a worker was killed"):
+        d.filter_files([str(tmp_path / f"{name}.warc.gz") for name in ("bad", "large", "good")], str(tmp_path / "o"),
+                       workers=2)
     assert sorted(os.listdir(tmp_path / "o")) == ["good.warc.jsonl.gz", "good.warc.report.json"]
 
 
