@@ -63,7 +63,7 @@ def init_distributed(backend: str | None = None, timeout_seconds: float = 600.0)
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         if local_rank >= torch.cuda.device_count():
             raise ValueError(f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-                             "lower --nproc-per-node, or choose the gloo backend")
+                             "lower --nproc-per-node, or compute on the CPU, over gloo")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:         # all ranks are here: no name to look up
@@ -194,14 +194,16 @@ def _all_reduce_mean(tensor: Tensor) -> None:
 
 def all_reduce_naive(module: nn.Module) -> None:
     """Averages the gradients over the ranks: one all-reduce a parameter. Call after backward, before the step.
-    A parameter without a gradient counts as zero, since every rank has to take part in every all-reduce."""
+    A parameter without a gradient counts as zero, since every rank has to take part in every all-reduce.
+    Example: loss_fn(model(x), y).backward(); all_reduce_naive(model); optimizer.step()"""
     for p in module.parameters():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
             _all_reduce_mean(p.grad)
 
 def all_reduce_flat(module: nn.Module) -> None:
-    """The same in one message a dtype: copy all gradients into one buffer, average it, copy them back."""
+    """The same in one message a dtype: copy all gradients into one buffer, average it, copy them back.
+    Example: gradients [1, 2] and [3] on one rank, [5, 2] and [5] on the other: both end with [3, 2] and [4]"""
     by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
     for p in module.parameters():
         if p.requires_grad:
@@ -286,8 +288,8 @@ class DDP(nn.Module):
     Gradients are views into the buckets and stay so (zero_grad may set them to None: the next are copied in).
     A parameter that some rank did not use counts as zero there; one that no rank used ends with grad None.
     `ddp.module` is the model itself: take its state_dict() for a checkpoint without a prefix.
-    Raises: ValueError if the ranks' modules differ, for a negative bucket_mb, and for a second backward before
-    finish_gradient_synchronization().
+    Raises: ValueError if torch.distributed is not running or the ranks' modules differ, for a negative bucket_mb, and
+    for a second backward before finish_gradient_synchronization().
     Source: arXiv:2006.15704, section 3.2.
     """
 
@@ -522,8 +524,9 @@ def bench_collectives(device: torch.device, max_mb: int, link_gb_s: float | None
 
 def _transformer(width: int, layers: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> nn.Module:
     with torch.device(device):
-        blocks = [nn.TransformerEncoderLayer(width, max(1, width // 128), 4 * width, 0.0, nn.functional.gelu,
-                                             batch_first=True, norm_first=True, bias=False) for _ in range(layers)]
+        heads = 1 if width % 128 else width // 128
+        blocks = [nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, nn.functional.gelu, batch_first=True,
+                                             norm_first=True, bias=False) for _ in range(layers)]
         ends = nn.Embedding(vocab_size, width), nn.Linear(width, vocab_size, bias=False)
         return nn.Sequential(ends[0], *blocks, ends[1]).to(dtype)
 
@@ -610,13 +613,16 @@ def main() -> int:
     for name in ("width", "layers", "batch", "length"):
         parser.add_argument(f"--{name}", type=int, help="of the model that --bench trains; batch, length: per rank")
     args = parser.parse_args()
+    for name, value in vars(args).items():
+        if isinstance(value, (int, float)) and name != "bench" and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
     if "RANK" in os.environ:                                                   # torchrun started this process
         if not args.bench:
             parser.error("under torchrun use --bench; the walk-through starts its own two ranks")
         try:
             rank, world_size, device = init_distributed(args.backend)
         except ValueError as error:
-            parser.error(str(error))
+            parser.exit(2, f"{parser.prog}: {error}\n")
         run_rank(bench, rank, world_size, args, device)
     elif args.bench:
         spawn(bench, 2, args)

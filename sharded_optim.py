@@ -3,8 +3,7 @@
 What:       per parameter, fp32 training with Adam holds 4 bytes of weight, 4 of gradient, 8 of moments. On N ranks:
               plain data parallelism     4   + 4   + 8     every rank keeps everything
               ShardedOptimizer, stage 1  4   + 4   + 8/N   each rank updates its own parameters and broadcasts them
-              FSDP, stage 3              4/N + 4/N + 8/N   weights are gathered a layer at a time, when they are needed;
-                                                           for a while two layers' weights and gradients are whole
+              FSDP, stage 3              4/N + 4/N + 8/N   weights and gradients are whole two layers at a time
             The walk-through prints these sums beside what a run really holds.
 Source:     Rajbhandari et al. 2020, "ZeRO", arXiv:1910.02054, sections 3 and 5; Zhao et al. 2023, "PyTorch FSDP",
             arXiv:2304.11277, sections 3.2 and 3.3 (communication order, prefetch, freeing).
@@ -42,9 +41,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 def run_rank(work, *args) -> None:  # twin: ddp.py
-    """Calls work(*args) and ends this process with the exit code that it returns (None: 0), or with 1 after an error:
-    not through the interpreter, where gloo's threads, which torch._dynamo keeps alive, may abort it. A rank that failed
-    waits, so that the launcher first sees, and names, the peer whose loss may have been the reason."""
+    """Calls work(*args) and ends this process with the code that it returns (None: 0, error: 1), not through the
+    interpreter, which gloo's threads may abort. A rank that failed waits: the launcher has to name its dead peer."""
     code = 1
     try:
         code = work(*args) or 0
@@ -409,9 +407,8 @@ class FSDP(nn.Module):
     @torch.no_grad()
     def _settle(self, keep: _Call | None = None) -> None:
         """Waits for sums and hands them to the parameters' .grad; all of them, or all but those of one call."""
-        for call, p, mine, _, work in self._pending:
-            if call is keep:
-                continue
+        arrived = [entry for entry in self._pending if entry[0] is not keep]
+        for _, p, mine, _, work in arrived:
             work.wait()
             if self._op == dist.ReduceOp.SUM:
                 mine /= self.world_size
@@ -435,8 +432,10 @@ class FSDP(nn.Module):
         sharded = [p.grad for p in self._shapes if p.grad is not None]
         others = [p.grad for p in self.module.parameters() if p.grad is not None and p not in self._shapes]
         zero = next(self.module.parameters()).new_zeros((), dtype=torch.float32)
-        total, rest = (torch.stack([zero, *torch._foreach_norm(gradients, 2, dtype=torch.float32)]).square().sum()
-                       if gradients else zero for gradients in (sharded, others))
+        size = 1 << (15 if zero.is_cpu else 62)            # a CPU's sum of millions of squares is up to 1e-3 too small
+        pieces = ([piece for g in gradients for piece in g.reshape(-1).split(size)] for gradients in (sharded, others))
+        total, rest = (torch.stack([zero, *torch._foreach_norm(x, 2, dtype=torch.float32)]).square().sum()
+                       if x else zero for x in pieces)
         dist.all_reduce(total)
         norm = (total + rest).sqrt()
         torch._foreach_mul_(sharded + others, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -540,7 +539,8 @@ def bytes_held(parameters: int, world_size: int, stage: int, weight=4, gradient=
                          3: (weight + gradient + state) / world_size}[stage]
 
 def _model(width: int, layers: int, vocab_size: int) -> nn.Sequential:
-    blocks = {f"layer {i}": nn.TransformerEncoderLayer(width, max(1, width // 128), 4 * width, 0.0, batch_first=True,
+    heads = 1 if width % 128 else width // 128
+    blocks = {f"layer {i}": nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True,
                                                        norm_first=True, bias=False) for i in range(layers)}
     return nn.Sequential(OrderedDict(embedding=nn.Embedding(vocab_size, width), **blocks,
                                      head=nn.Linear(width, vocab_size, bias=False)))
@@ -617,11 +617,9 @@ def _median_seconds(f, device: torch.device, repeats: int) -> tuple[float, float
     return times[2:].median().item(), (times[2:].max() - times[2:].min()).item()
 
 def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
-    """One step with each kind of sharding and with torch's own: time, and memory beside the sum.
-
-    On a GPU stages 0 and 1 hold bf16 weights, gradients and moments (2 + 2 + 4 bytes), stage 3 fp32 ones and computes
-    in bf16; on a CPU all is fp32. Memory is what model and optimizer hold, and on a GPU how far a step of 64 tokens,
-    with hardly any activations, rises above that."""
+    """One step with each kind of sharding and with torch's own: time, and memory beside the sum. On a GPU stages 0 and
+    1 hold bf16 weights, gradients and moments (2 + 2 + 4 bytes), stage 3 fp32 ones and computes in bf16; on a CPU all
+    is fp32. Memory is what model and optimizer hold, and on a GPU how far a step of few tokens rises above that."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.distributed.optim import ZeroRedundancyOptimizer
     cuda = dist.get_backend() == "nccl"
@@ -662,8 +660,7 @@ def bench(rank: int, world_size: int, args: argparse.Namespace) -> None:
         for _ in range(3):                           # the first makes the moments, torch DDP its buckets in the second
             measured, before = _held(model, optimizer), rest()
             _step(model, optimizer, torch.randint(args.vocab, (1, 64), device=device))
-        if cuda:
-            measured += torch.cuda.max_memory_allocated() - before             # how far the step rises above that
+        measured += torch.cuda.max_memory_allocated() - before if cuda else 0  # how far the step rises above that
         # Stage 3 at the end of backward: two units gathered, and the gradients of two units whole.
         held = bytes_held(sum(sizes), world_size, stage, *((2, 2, 4) if cuda and stage < 3 else (4, 4, 8)))
         predicted = held + (sum(sizes[:2]) * 4 if stage == 3 and cuda else 0)
@@ -677,19 +674,22 @@ def main() -> int:
     """Explains and checks, or times. Under torchrun: one rank a process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bench", action="store_true", help="time and measure each stage beside torch's own")
-    cuda = torch.cuda.is_available()
-    for name, large, small in [("width", 2560, 128), ("layers", 32, 4), ("batch", 4, 2), ("length", 512, 64),
-                               ("vocab", 10_000, 10_000), ("repeats", 10, 10)]:
-        parser.add_argument(f"--{name}", type=int, default=large if cuda and "RANK" in os.environ else small,
-                            help="for --bench; batch and length are of one rank")
+    ranked, cuda = "RANK" in os.environ, torch.cuda.is_available()             # ranked: by torchrun
+    for name, *sizes in [("width", 128, 2560), ("layers", 4, 32), ("batch", 2, 4), ("length", 64, 512),
+                         ("vocab", 10_000, 10_000), ("repeats", 10, 10)]:
+        parser.add_argument(f"--{name}", type=int, default=sizes[ranked and cuda], help="of --bench (of a rank)")
     args = parser.parse_args()
+    if wrong := [f"--{name} {value}" for name, value in vars(args).items() if name != "bench" and value < 1]:
+        parser.error(f"must be at least 1: {', '.join(wrong)}")
     if not args.bench:
         self_check()
-    elif "RANK" not in os.environ:
+    elif not ranked:
         spawn(bench, 2, args)
-    else:                                                                      # torchrun started this process
+    else:
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            if (local := int(os.environ["LOCAL_RANK"])) >= (gpus := torch.cuda.device_count()):
+                parser.exit(2, f"{parser.prog}: local rank {local} has no GPU ({gpus} here); lower --nproc-per-node\n")
+            torch.cuda.set_device(local)
         dist.init_process_group("nccl" if cuda else "gloo")
         run_rank(bench, dist.get_rank(), dist.get_world_size(), args)
     return 0

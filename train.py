@@ -7,12 +7,12 @@ Source:     Radford et al. 2019 (GPT-2) for the set-up; arXiv:1710.03740 for mix
 Deviations: 1. Windows are drawn uniformly with replacement, not in epochs. 2. Batches are given for the whole job:
             micro-batches and ranks slice them and change nothing but rounding. 3. Losses are read from the device when
             they are reported, so that it never waits; a step that went wrong is named all the same.
-Copy:       this file alone; needs torch and numpy. Model, loss, optimizer, schedule and clipping are handed in. MIT.
+Copy:       this file alone; needs torch and numpy. All else is handed in; only main() takes model, optim, bpe. MIT.
 Run:        python train.py                      trains the embedded default; the README shows what it prints
             python train.py --explain            says what a step of a run does, in numbers
             python train.py --benchmark small --modes step --precision autocast --compile
-            torchrun --nproc-per-node 2 train.py --benchmark 8b     on two H200s 4.92 s a step of 8.1 G parameters and
-              65,536 tokens, 60% of what their matrix products reach; --attention cudnn 4.59 s, 65%
+            torchrun --nproc-per-node 2 train.py --benchmark 8b     on two H200s 4.93 s a step of 8.1 G parameters and
+              65,536 tokens, 60% of what their matrix products reach; --attention cudnn 4.66 s, 64%
 """
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from torch import Tensor
 
 # Dims: B batch (sequences), T context length (tokens), D model width, V vocabulary, N tokens in a file
 
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT, SOURCES = "<|endoftext|>", ("train.py", "model.py", "optim.py", "bpe.py")
 
 class Stop(Exception):
     """A run cannot go on: the message says what happened and what to do, `code` is the process's exit status."""
@@ -67,10 +67,8 @@ def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def gather_corpus(out: str | os.PathLike) -> dict[str, tuple[int, int]]:
     """Writes train.txt and valid.txt from the standard library's sources, the text that every Python already holds.
-
     Sorted order, no tests, no installed packages; every document ends in <|endoftext|>. One in ten is held out, by the
-    hash of its path: a new file moves no other. Returns: {"train": (documents, bytes), "valid": (documents, bytes)}.
-    """
+    hash of its path: a new file moves no other. Returns: {"train": (documents, bytes), "valid": (documents, bytes)}."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     texts: dict[str, list[bytes]] = {"train": [], "valid": []}
@@ -93,29 +91,26 @@ def open_tokens(path: str | os.PathLike, context_length: int, vocab_size: int) -
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a token file ({error}); make one with: python bpe.py encode") from None
+        raise ValueError(f"{path} is not a token file ({error}); see bpe.py encode, or make tinystories") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise ValueError(f"{path} must hold one dimension of integers, it holds {tokens.dtype} {tokens.shape}")
     check_length(tokens, context_length)
     largest = max(int(tokens[i:i + (1 << 24)].max()) for i in range(0, len(tokens), 1 << 24))
     if largest >= vocab_size:
-        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}; encode it anew")
+        raise ValueError(f"{path} holds id {largest}, outside the model's vocabulary of {vocab_size}; set --vocab-size")
     return tokens
 
 def check_length(tokens: np.ndarray, context_length: int) -> None:
     """Raises: ValueError unless there is a whole window with all its targets."""
     if len(tokens) <= context_length:
-        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length} and their targets; "
-                         "use more text or a smaller context length")
+        raise ValueError(f"{len(tokens)} tokens are too few for windows of {context_length}; take more or shorter ones")
 
 def get_batch(tokens: np.ndarray, batch_size: int, context_length: int, device: str | torch.device,
               generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Windows at uniformly random starts, and the same shifted by one: what the model sees and what it must say next.
-
     Args: tokens (N,) integers, N > context_length. generator: a CPU generator; None takes torch's global one.
     Returns: inputs and targets, both (B, T) int64 on `device`. Raises: ValueError for too few tokens or sizes under 1.
-    Example: tokens 0..9, context_length 3, start 4 -> [4, 5, 6] and [5, 6, 7].
-    """
+    Example: tokens 0..9, context_length 3, start 4 -> [4, 5, 6] and [5, 6, 7]."""
     if batch_size < 1 or context_length < 1:
         raise ValueError(f"batch_size and context_length must be at least 1, got {batch_size} and {context_length}")
     check_length(tokens, context_length)
@@ -135,18 +130,16 @@ def windows_at(tokens: np.ndarray, starts: np.ndarray, context_length: int,
 
 def save_checkpoint(model: torch.nn.Module | dict, optimizer: torch.optim.Optimizer | dict, step: int,
                     out: str | os.PathLike | BinaryIO, **more: Any) -> None:
-    """Writes model and optimizer, or their state dicts, the step and whatever else is given.
-
-    Args: out: a path, replaced whole or not at all, or an open binary file. more: tensors, numbers, strings, dicts of
-    them, which torch.load(weights_only=True) reads back. Raises: OSError, when the disk is full say; the file that was
-    there before is still there then.
-    """
+    """Writes model and optimizer, or their state dicts, the step and whatever else is given. out: a path, replaced
+    whole or not at all, or an open binary file. more: tensors, numbers, strings, dicts of them, which
+    torch.load(weights_only=True) reads back. Raises: OSError, when the disk is full say; an older file stays then.
+    Example: save_checkpoint(model, optimizer, 100, "last.pt"); load_checkpoint("last.pt", model, optimizer) -> 100"""
     model, optimizer = (x if isinstance(x, dict) else x.state_dict() for x in (model, optimizer))
     try:
         with write_whole(out) if isinstance(out, (str, os.PathLike)) else contextlib.nullcontext(out) as file:
             torch.save({"model": model, "optimizer": optimizer, "step": step, **more}, file)
     except RuntimeError as error:                         # torch's zip writer reports a full disk as a RuntimeError
-        raise OSError(f"could not write {out}: {error}") from None
+        raise OSError(f"could not write {out}, is the disk full? ({error})") from None
 
 def read_checkpoint(src: str | os.PathLike | BinaryIO) -> dict[str, Any]:
     """What `save_checkpoint` wrote, on the CPU. Raises: ValueError, in one line, for a missing or damaged file."""
@@ -164,11 +157,9 @@ def read_checkpoint(src: str | os.PathLike | BinaryIO) -> dict[str, Any]:
 def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Module,
                     optimizer: torch.optim.Optimizer | None = None) -> int:
     """Restores model and optimizer in place, from a file or from what `read_checkpoint` gave. Returns: the step.
-
-    Raises: ValueError, before anything has changed, if it is unreadable, or of another shape, and says which tensor.
-    """
+    Raises: ValueError, before anything has changed, if it is unreadable, or of another shape, and says which tensor."""
     state, name = (src, "the checkpoint") if isinstance(src, dict) else (read_checkpoint(src), src)
-    there, here = ({key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    there, here = ({key: tuple(getattr(tensor, "shape", ())) for key, tensor in tensors.items()}
                    for tensors in (state["model"], model.state_dict()))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
@@ -177,7 +168,7 @@ def load_checkpoint(src: str | os.PathLike | BinaryIO | dict, model: torch.nn.Mo
     if optimizer is not None:
         try:
             optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{name} holds another optimizer's state ({error}); resume with that one") from None
     model.load_state_dict(state["model"])
     return state["step"]
@@ -209,9 +200,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "autocast", "bf16"):
             raise ValueError(f"precision must be fp32, autocast or bf16, got {self.precision!r}")
-        for name in ("steps", "batch_size", "context_length", "eval_every", "eval_windows", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = dict(micro_batch_size=0, warmup_steps=0, checkpoint_every=0, sample_every=0, clip_norm=1e-9)
+        for name in (*least, "steps", "batch_size", "context_length", "eval_every", "eval_windows", "log_every"):
+            if not getattr(self, name) >= least.get(name, 1):
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
 
 def plain_loss(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean loss in nats over the B * T targets, by torch's own cross-entropy of the full logits (B, T, V)."""
@@ -239,9 +231,7 @@ def evaluate(model: torch.nn.Module, loss_fn: Callable, tokens: np.ndarray, star
 def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[tuple[Tensor, Tensor]],
                   loss_fn: Callable, clip: Callable, config: TrainConfig, parallel: Any = None) -> Tensor:
     """One update from the micro-batches (x, y) of this rank, all of one size.
-
-    Returns: (2,) on the device: mean loss over the whole job's targets in nats, gradient norm before clipping.
-    """
+    Returns: (2,) on the device: mean loss over the whole job's targets in nats, gradient norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss, low = torch.zeros((), device=batch[0][0].device), config.precision == "autocast"
     for i, (x, y) in enumerate(batch):
@@ -257,10 +247,8 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batc
             parallel.finish_gradient_synchronization()
             torch.distributed.all_reduce(loss)
             loss /= torch.distributed.get_world_size()
-        if hasattr(parallel, "clip_grad_norm_"):                         # FSDP: no rank sees all gradients
-            norm = parallel.clip_grad_norm_(config.clip_norm)
-        else:
-            norm = clip([p for p in model.parameters() if p.requires_grad], config.clip_norm)
+        own = partial(clip, [p for p in model.parameters() if p.requires_grad])
+        norm = getattr(parallel, "clip_grad_norm_", own)(config.clip_norm)      # FSDP's: no rank sees all gradients
         optimizer.step()
     return torch.stack([loss, norm.to(loss)])
 
@@ -278,7 +266,6 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
           bytes_per_token: float = 0.0, sample: Callable[[], str] | None = None,
           log: Callable[[str], None] = print) -> dict[str, Any]:
     """Trains in place, on whatever device the model lies.
-
     Args: train_tokens, valid_tokens (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
     schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping. parallel: the
     ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks. run_dir: takes last.pt and log.jsonl;
@@ -286,36 +273,41 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show. bytes_per_token:
     of the evaluation windows, for the loss in bits a byte, which no tokenizer can flatter.
     Returns: train_loss and valid_loss (nats per token), bits_per_byte, tokens, seconds, tokens_per_second.
-    Raises: Stop for a loss or gradient norm that is not finite, and on SIGTERM or Ctrl-C, after saving; OSError for a
-    checkpoint that cannot be written (the one before is kept); ValueError for a batch that does not divide.
-    """
+    Raises: Stop for a loss or norm that is not finite, and on SIGTERM or Ctrl-C, after saving (ranks: at a report);
+    OSError where it cannot (the older file stays); ValueError for a batch that does not divide, a foreign last.pt."""
     many, sharded, ranks = parallel is not None, hasattr(parallel, "full_state_dict"), torch.distributed
     rank, world_size = (ranks.get_rank(), ranks.get_world_size()) if many else (0, 1)
     device, T, share = next(model.parameters()).device, config.context_length, config.batch_size // world_size
     micro, step_tokens = min(config.micro_batch_size or share, share), config.batch_size * T
     if config.batch_size % world_size or not share or share % micro:
-        raise ValueError(f"a batch of {config.batch_size} sequences does not divide into {world_size} ranks times "
-                         f"micro-batches of {micro}")
-    check_length(train_tokens, T)
+        raise ValueError(f"a batch of {config.batch_size} does not divide into {world_size} ranks x batches of {micro}")
+    schedule = schedule or (lambda step: config.max_lr)
+    check_length(train_tokens, T), check_length(valid_tokens, T), schedule(0)     # mistakes, before anything is touched
     generator = torch.Generator().manual_seed(config.seed)
     starts = evaluation_starts(valid_tokens, T, config.eval_windows)
     last = Path(run_dir) / "last.pt" if run_dir is not None else None
-    first = saved = seconds_before = 0
+    first, saved, seconds_before, loss, valid, bits = 0, 0, 0.0, math.nan, math.nan, None
     resume = resume and last is not None and last.exists()
     if largest_of_ranks(resume, device) if many else resume:             # or some would go on and others begin
         state = read_checkpoint(last)
+        if state["step"] > config.steps or "data_rng" not in state:
+            raise ValueError(f"{last} is of step {state['step']}, none of this run: raise --steps or drop --resume")
         if sharded:
             parallel.load_full_state_dict(state["model"])
             parallel.load_full_optimizer_state_dict(optimizer, state["optimizer"])
         else:
             load_checkpoint(state, model, optimizer)
+            if any(t.dtype.itemsize < state["model"][key].dtype.itemsize for key, t in model.state_dict().items()):
+                raise ValueError(f"{last} lacks bf16's fp32 copies; resume with its own --precision and --parallel")
         generator.set_state(state["data_rng"])
         torch.set_rng_state(state["torch_rng"])
         first = saved = state["step"]
-        seconds_before = state["seconds"]
+        seconds_before, (loss, valid, bits) = state["seconds"], state.get("losses", (loss, valid, bits))
         log(f"resumed from {last} at step {first}")
     elif last and last.exists() and rank == 0:            # another run's: no restart may take it for one of this run
         os.replace(last, last.with_name("previous.pt"))
+    for left in last.parent.glob(".last.pt.*.tmp") if last and rank == 0 else ():    # by one killed while it saved
+        left.unlink()
     journal = cut_journal(last.with_name("log.jsonl"), first) if last and rank == 0 else None
     began = time.perf_counter() - seconds_before
 
@@ -332,7 +324,8 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             state = model, optimizer.state_dict(**{"rank": 0} if hasattr(optimizer, "owner") else {})
         if last and rank == 0:
             save_checkpoint(*state, step, last, data_rng=generator.get_state(), torch_rng=torch.get_rng_state(),
-                            seconds=time.perf_counter() - began, train_config=asdict(config), **(more_state or {}))
+                            seconds=time.perf_counter() - began, losses=(loss, valid, bits),
+                            train_config=asdict(config), **(more_state or {}))
         if many:                                          # before that no rank leaves and has the launcher end the job
             largest_of_ranks(0, device)
 
@@ -340,11 +333,11 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     handlers = {number: signal.signal(number, lambda n, frame: caught.append(n))
                 for number in (signal.SIGTERM, signal.SIGINT) if last}
     recent: list[Tensor] = []                             # (loss, norm) of the steps since they were last read
-    loss, valid, bits, marked = math.nan, math.nan, None, (time.perf_counter(), first)
+    marked = time.perf_counter(), first
     model.train()
     try:
         for done in range(first + 1, config.steps + 1):
-            rate = schedule(done - 1) if schedule else config.max_lr
+            rate = schedule(done - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             with phase("data"):
@@ -396,9 +389,7 @@ def largest_of_ranks(number: int, device: torch.device) -> int:
 
 def read_losses(recent: list[Tensor], done: int, saved: int, last: Path | None) -> list[float]:
     """Waits for the device, empties `recent` and returns its newest [loss, norm].
-
-    Raises: Stop at the first step whose loss or norm was not finite, with the last good checkpoint and likely causes.
-    """
+    Raises: Stop at the first step whose loss or norm was not finite, with the last good checkpoint, likely causes."""
     values = torch.stack(recent).tolist()
     recent.clear()
     for step, pair in enumerate(values, done - len(values) + 1):
@@ -451,9 +442,7 @@ SIZES["8b"].update(
 def keep_products(model: torch.nn.Module, recompute_hidden: int, compile: Callable) -> None:
     """Has every block keep for backward only what is dear to make: what attention and matrix products gave. Norms,
     rotations and gates are made again, in the first `recompute_hidden` blocks the feed-forward's products (T, F) too.
-
-    Bytes kept per token and block in bf16: 12 D + 4 H, and 4 F. compile: torch.compile, or what does nothing.
-    """
+    Bytes kept per token and block in bf16: 12 D + 4 H, and 4 F. compile: torch.compile, or what does nothing."""
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     def policy(hidden_too: bool, context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -488,6 +477,8 @@ class Setup:
         if not there.get(name.split(":")[0]):
             raise ValueError(f"device {name!r} is not there; use --device cpu, or a torch build that sees it")
         self.device = torch.device(name)
+        if args.parallel == "none" and (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+            raise ValueError(f"{count} processes would do the same work; add --parallel ddp, zero1 or fsdp")
         if args.parallel != "none":
             import ddp
             self.rank, self.ranks, self.device = ddp.init_distributed("nccl" if self.device.type == "cuda" else "gloo")
@@ -501,20 +492,24 @@ class Setup:
         for other in ("flash", "mem_efficient", "math") if args.attention == "cudnn" else ():
             getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)          # of torch's own kernels this one only
         self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
-        backend, c = "triton" if self.device.type == "cuda" else "torch", self.config
-        full = lambda m, x, y: model.cross_entropy(m(x), y)
-        fused = lambda m, x, y: model.linear_cross_entropy(m.hidden(x), self.whole(m.lm_head.weight), y,
-                                                           backend=backend)
-        self.loss_fn = fused if args.loss == "fused" else full
+        c, fused = self.config, partial(model.linear_cross_entropy,
+                                        backend="triton" if self.device.type == "cuda" else "torch")
+        self.loss_fn = {"full": lambda m, x, y: model.cross_entropy(m(x), y),
+                        "fused": lambda m, x, y: fused(m.hidden(x), self.whole(m.lm_head.weight), y)}[args.loss]
         if args.compile and args.parallel != "fsdp":      # FSDP's hooks stay out of what is compiled
             self.loss_fn = torch.compile(self.loss_fn)
         # steps count from 0, and the first one already moves
         self.schedule = lambda step: optim.cosine_lr(step + 1, c.max_lr, c.min_lr, c.warmup_steps, c.steps)
         self.clip = partial(optim.clip_grad_norm_, error_if_nonfinite=False)     # the loop finds it, a little later
+        self.generate = partial(model.generate, max_new_tokens=args.sample_tokens, temperature=args.temperature,
+                                top_p=args.top_p, seed=c.seed)
         self.tokenizer = lambda: bpe.Tokenizer.from_file(Path(args.tokens) / "tokenizer.json")
 
     def model(self) -> torch.nn.Module:
-        """A new model, the same one for the same seed."""
+        """A new model, the same one for the same seed. Raises: ValueError for kernels that cannot run here."""
+        kernels = "triton" in (self.args.attention, self.args.update) and not os.environ.get("TRITON_INTERPRET")
+        if kernels and self.device.type != "cuda":
+            raise ValueError("triton needs CUDA: choose another --attention and --update, or set TRITON_INTERPRET=1")
         torch.manual_seed(self.config.seed)
         with self.device if self.args.benchmark else contextlib.nullcontext():    # no run's weights: let the GPU draw
             model = self.lm.TransformerLM(self.model_config, self.attention, checkpoint_every=self.args.recompute)
@@ -522,9 +517,7 @@ class Setup:
 
     def join(self, model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
         """The optimizer, and what carries gradients between ranks: None, ddp.DDP or sharded_optim.FSDP.
-
-        AdamW decays the matrices alone; in FSDP's shards they are flat, so they are told apart before it wraps them.
-        """
+        AdamW decays the matrices alone; in FSDP's shards they are flat, so they are told apart before it wraps them."""
         c, args, wrapper, adamw = self.config, self.args, None, self.optim.AdamW
         groups = [{"params": [p for p in model.parameters() if p.dim() >= 2]},
                   {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
@@ -563,9 +556,8 @@ class Setup:
             self.bpe.Tokenizer(*learned, [END_OF_TEXT]).save(folder / "tokenizer.json")
             for split in ("train", "valid"):
                 self.bpe.encode_file(self.tokenizer(), folder / f"{split}.txt", folder / f"{split}.npy")
-        train_tokens, valid_tokens = (open_tokens(folder / f"{split}.npy", c.context_length, c.vocab_size)
-                                      for split in ("train", "valid"))
-        return train_tokens, valid_tokens, self.tokenizer()
+        tokens = lambda split: open_tokens(folder / f"{split}.npy", c.context_length, c.vocab_size)
+        return tokens("train"), tokens("valid"), self.tokenizer()
 
     def run(self) -> None:
         """Trains as the flags say; prints a sample and the RESULT line, which also goes to result.json."""
@@ -573,20 +565,24 @@ class Setup:
         train_tokens, valid_tokens, tokenizer = self.data()
         starts = evaluation_starts(valid_tokens, config.context_length, config.eval_windows)
         targets = windows_at(valid_tokens, starts, config.context_length, "cpu")[1]
-        lengths = torch.tensor([len(tokenizer.vocab[i]) for i in range(len(tokenizer.vocab))])
+        lengths = torch.tensor([len(tokenizer.vocab.get(i, b"")) for i in range(self.model_config.vocab_size)])
+        if not lengths[targets].all():
+            raise ValueError(f"{args.tokens}/valid.npy holds ids that its tokenizer.json has not; encode it anew")
         about = dict(model_config=asdict(self.model_config), train_config=asdict(config), command=sys.argv,
                      torch=torch.__version__, python=sys.version)
-        if first:                                         # a run keeps the source that made it
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "about.json").write_text(json.dumps(about, indent=1))
-            for name in ("train", "model", "optim", "bpe"):
-                shutil.copy(Path(__file__).with_name(f"{name}.py"), run_dir)
         model = self.model()
         optimizer, wrapper = self.join(model)
-        count = self.lm.count_parameters(self.model_config)
-        self.say(f"{count:,} parameters | {len(train_tokens):,} training tokens | "
-                 f"{config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, {self.how} | "
-                 f"seed {config.seed}")
+        self.schedule(0), self.generate(model, [])        # refuse wrong settings now, not after the training
+        if first:                                         # a run keeps its tokenizer, and the source that made it
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "result.json").unlink(missing_ok=True)
+            (run_dir / "about.json").write_text(json.dumps(about, indent=1))
+            for path in (*map(Path(__file__).with_name, SOURCES), Path(args.tokens) / "tokenizer.json"):
+                with contextlib.suppress(shutil.SameFileError):
+                    shutil.copy(path, run_dir)
+        self.say(f"{self.lm.count_parameters(self.model_config):,} parameters | {len(train_tokens):,} training tokens"
+                 f" | {config.steps} steps of {config.batch_size} x {config.context_length} | {self.device}, {self.how}"
+                 f" | seed {config.seed}")
         sample = None if args.parallel == "fsdp" else lambda: self.sample(model, tokenizer)
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0     # by torchrun --max-restarts
         try:
@@ -605,25 +601,29 @@ class Setup:
             print("RESULT " + json.dumps(result), flush=True)
 
     def sample(self, model: torch.nn.Module, tokenizer: Any) -> str:
-        """What the model writes after --prompt."""
-        args, stop = self.args, tokenizer.special_tokens[END_OF_TEXT]
-        new = self.lm.generate(model, [tokenizer.encode(args.prompt) or [stop]], max_new_tokens=args.sample_tokens,
-                               temperature=args.temperature, top_p=args.top_p, stop_ids=[stop], seed=self.config.seed)
-        return args.prompt + tokenizer.decode(new[0].ids)
+        """What the model writes after --prompt; of ids that the tokenizer has not it says nothing."""
+        end = tokenizer.special_tokens.get(END_OF_TEXT, self.model_config.vocab_size)
+        stop = [end] if end < self.model_config.vocab_size else []
+        new = self.generate(model, [tokenizer.encode(self.args.prompt) or stop or [0]], stop_ids=stop)
+        return self.args.prompt + tokenizer.decode([i for i in new[0].ids if i in tokenizer.vocab])
 
     def trained(self) -> tuple[torch.nn.Module, Any]:
         """The model of --checkpoint, in the shape that it states, and the tokenizer."""
         path = self.args.checkpoint or Path(self.args.run_dir) / "last.pt"
         state = read_checkpoint(path)
-        if "model_config" not in state:
-            raise ValueError(f"{path} does not state its model's configuration; it was not written by train.py")
-        self.model_config = self.lm.ModelConfig(**state["model_config"])
+        try:
+            self.model_config = self.lm.ModelConfig(**state["model_config"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not state a configuration of model.py ({error}); use its own one") from None
         model = self.model()
         load_checkpoint(state, model)
-        return model.eval(), self.tokenizer()
+        beside = Path(path).with_name("tokenizer.json")   # a run keeps its own
+        return model.eval(), self.bpe.Tokenizer.from_file(beside) if beside.exists() else self.tokenizer()
 
 def compare(run_dirs: list[Path]) -> None:
     """A row a run: its losses, and the tokens it took to get as low as the first one ended. Then their picture."""
+    if missing := [run_dir for run_dir in run_dirs if not (run_dir / "result.json").exists()]:
+        raise ValueError(f"{missing[0]} holds no run that came to an end; compare folders that were a --run-dir")
     results = [json.loads((run_dir / "result.json").read_text()) for run_dir in run_dirs]
     target = results[0].get("valid_loss", math.inf)
     print(f"run                     steps  batch   max lr   train   valid bits/byte  tokens to {target:.3f}")
@@ -646,12 +646,11 @@ def plot(run_dirs: list[Path]) -> None:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        print("no loss.png: pip install matplotlib draws one")
-        return
+        return print("no loss.png: pip install matplotlib draws one")
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for run_dir in run_dirs:
         for key, style in (("loss", "-"), ("valid_loss", "o--"))[len(run_dirs) > 1:]:
-            axes.plot(*zip(*read_curve(run_dir, key)), style, label=f"{run_dir.name} {key}", markersize=4, linewidth=1)
+            axes.plot(*[*zip(*read_curve(run_dir, key))] or ([], []), style, label=f"{run_dir.name} {key}", ms=4, lw=1)
     axes.set(xlabel="tokens", ylabel="nats per token")
     axes.legend(fontsize=7)
     figure.savefig(run_dirs[0] / "loss.png", dpi=130, bbox_inches="tight")
@@ -685,7 +684,7 @@ def bench(setup: Setup) -> None:
         raise ValueError(f"--memory-snapshot is of CUDA's memory, and this is {device}; leave it out")
     for folder in filter(None, (args.profile, args.memory_snapshot)):
         folder.mkdir(parents=True, exist_ok=True)
-    n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    n, dtype = 8192 if cuda else 1024, torch.bfloat16 if cuda or c.precision != "fp32" else torch.float32
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     ceiling = ranks * 2 * n ** 3 / np.median(measure(lambda: a @ b, cuda, 5, 15))
     flops = setup.lm.count_flops(setup.model_config, T)
@@ -742,7 +741,10 @@ def measure(f: Callable[[], Any], cuda: bool, warmup: int, repeats: int) -> list
 
 def main() -> int:
     """Reads the flags and does what they ask. Returns the exit status: 2 for a caller's mistake."""
-    import model
+    try:
+        import model
+    except ImportError as error:
+        return print(f"train.py: {error}; the command line takes model.py, optim.py and bpe.py", file=sys.stderr) or 2
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
@@ -791,7 +793,7 @@ def act(args: argparse.Namespace) -> int:
     try:
         folder = args.folders[0] if args.folders else Path("out", args.action)
         if args.action == "corpus":
-            print(gather_corpus(folder))
+            print(f"{folder}: {gather_corpus(folder)} (documents, bytes)")
         elif args.action == "compare":
             compare(args.folders or [Path(args.run_dir)])
         elif args.explain:
@@ -801,20 +803,18 @@ def act(args: argparse.Namespace) -> int:
             bench(Setup(args))
         elif args.action == "train":
             Setup(args).run()
-        elif args.action == "generate":
-            setup = Setup(args)
-            print(setup.sample(*setup.trained()))
         else:
-            setup = Setup(args)
-            model, tokenizer = setup.trained()
-            setup.lm.save_hf(model, folder, tokenizer)
-            print(f"{folder}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
-    except (Stop, ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return getattr(error, "code", 2)
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: {error}\ntrain.py: lower --micro-batch-size, or raise --recompute", file=sys.stderr)
-        return 1
+            model, tokenizer = (setup := Setup(args)).trained()
+            if args.action == "generate":
+                print(setup.sample(model, tokenizer))
+            else:
+                setup.lm.save_hf(model, folder, tokenizer)
+                print(f"{folder}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
+    except (Stop, ValueError, OSError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        remedy = "\ntrain.py: lower --micro-batch-size, or raise --recompute" if full else ""
+        print(f"train.py: {error}{remedy}", file=sys.stderr)
+        return getattr(error, "code", 1 if full else 2)
     return 0
 
 

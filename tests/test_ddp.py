@@ -477,6 +477,41 @@ def test_command_line():
     assert wrong.returncode == 2 and "torchrun" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
+def ended(monkeypatch, capsys, module, *flags):
+    """The exit code and the last line of what a file's main() says of a mistake, without a process of its own."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *flags])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    return end.value.code, capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("flags", [["--width", "0"], ["--batch", "-1"], ["--repeats", "0"], ["--max-mb", "0"],
+                                   ["--link-gb-s", "nan"]], ids=" ".join)
+def test_sizes_that_cannot_be_are_refused(monkeypatch, capsys, flags):
+    code, lines = ended(monkeypatch, capsys, ddp, "--bench", *flags)
+    assert code == 2 and f"{flags[0]} must be above 0, got {flags[1]}" in lines[-1]
+
+
+def test_the_bench_takes_any_width():
+    assert ddp._transformer(400, 1, 11, torch.float32, torch.device("cpu"))[1].self_attn.num_heads == 1
+    assert ddp._transformer(384, 1, 11, torch.float32, torch.device("cpu"))[1].self_attn.num_heads == 3
+
+
+def pretend_two_gpus(monkeypatch):
+    """torchrun has started four ranks on this host, and this is one of the two that have no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in dict(RANK="6", LOCAL_RANK="2", WORLD_SIZE="8", MASTER_ADDR="localhost", MASTER_PORT="1").items():
+        monkeypatch.setenv(name, value)
+
+
+def test_more_ranks_than_gpus_is_one_line(monkeypatch, capsys):
+    pretend_two_gpus(monkeypatch)
+    code, lines = ended(monkeypatch, capsys, ddp, "--bench")
+    assert code == 2 and len(lines) == 1
+    assert "rank 2 has no GPU" in lines[0] and "this host has 2; lower --nproc-per-node" in lines[0]
+
+
 def test_imports_no_sibling_and_does_nothing_when_imported():
     tree = ast.parse((ROOT / "ddp.py").read_text())
     names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import sharded_optim
 from sharded_optim import FSDP, ShardedOptimizer
-from test_ddp import FIXTURES, PATIENCE, Net, Ranks, batch, one_process, perturb, ranks  # noqa: F401
+from test_ddp import (FIXTURES, PATIENCE, Net, Ranks, batch, ended, one_process, perturb,  # noqa: F401
+                      pretend_two_gpus, ranks)
 
 ROOT = Path(sharded_optim.__file__).resolve().parent
 
@@ -431,6 +432,20 @@ def test_clipping_is_of_the_whole_models_norm(ranks):
     ranks(check_clip)
 
 
+def check_norm(rank, world_size):
+    """5 million squares a rank: in one go torch's sum on a CPU is 1.4e-4 too small, in slices 1e-6."""
+    torch.manual_seed(rank)
+    fsdp = FSDP(nn.Linear(2 ** 11, 5 * 2 ** 11, bias=False))
+    fsdp.module.weight.grad = torch.randn(fsdp.module.weight.shape)
+    total = fsdp.module.weight.grad.double().square().sum()
+    dist.all_reduce(total)
+    assert abs(fsdp.clip_grad_norm_(1.0).item() / total.sqrt().item() - 1) < 1e-5
+
+
+def test_the_norm_of_millions(ranks):
+    ranks(check_norm)
+
+
 class SomeUse(nn.Module):
     def __init__(self):
         super().__init__()
@@ -581,6 +596,19 @@ def test_command_line_explains_itself():
                           timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "check: FSDP = plain" in done.stdout and "gather" in done.stdout
+
+
+def test_more_ranks_than_gpus_is_one_line(monkeypatch, capsys):
+    pretend_two_gpus(monkeypatch)
+    code, lines = ended(monkeypatch, capsys, sharded_optim, "--bench")
+    assert code == 2 and len(lines) == 1
+    assert "rank 2 has no GPU (2 here); lower --nproc-per-node" in lines[0]
+
+
+def test_sizes_that_cannot_be_are_refused(monkeypatch, capsys):
+    code, lines = ended(monkeypatch, capsys, sharded_optim, "--bench", "--width", "0", "--repeats", "-3")
+    assert code == 2 and "must be at least 1: --width 0, --repeats -3" in lines[-1]
+    assert sharded_optim._model(400, 1, 11)[1].self_attn.num_heads == 1        # 3 heads would not divide it
 
 
 def test_imports_no_sibling():

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import train
-from test_ddp import Ranks
+from test_ddp import Ranks, pretend_two_gpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(train.__file__).parent
@@ -166,6 +167,9 @@ def test_batches_that_do_not_divide():
         train.TrainConfig(steps=0)
     with pytest.raises(ValueError, match="precision"):
         train.TrainConfig(precision="fp8")
+    for name, least in dict(micro_batch_size=0, checkpoint_every=0, sample_every=0, clip_norm=1e-9).items():
+        with pytest.raises(ValueError, match=f"{name} must be at least {least}, got -1"):
+            train.TrainConfig(**{name: -1})
 
 
 def test_not_finite_names_the_step_and_the_last_good_checkpoint(tmp_path):
@@ -211,6 +215,58 @@ def test_a_new_run_sets_an_older_runs_checkpoint_aside(tmp_path):
     assert not (tmp_path / "last.pt").exists() and train.read_checkpoint(tmp_path / "previous.pt")["step"] == 2
 
 
+def test_mistakes_leave_an_older_checkpoint_in_its_place(tmp_path):
+    config = train.TrainConfig(steps=2, batch_size=2, context_length=5)
+    quiet(*bigram(), tokens(), config, run_dir=tmp_path)
+
+    def schedule(step):
+        raise ValueError("no such schedule")
+    for options, message in ((dict(schedule=schedule), "no such schedule"), ({}, "5 tokens are too few")):
+        with pytest.raises(ValueError, match=message):
+            train.train(*bigram(), tokens(), tokens(500 if options else 5), config, run_dir=tmp_path, **options)
+    assert (tmp_path / "last.pt").exists()
+
+
+def test_going_on_where_nothing_is_left_gives_the_same_result_and_past_the_end_is_refused(tmp_path):
+    config = train.TrainConfig(steps=4, batch_size=2, context_length=5)
+    once = quiet(*bigram(), tokens(), config, run_dir=tmp_path, bytes_per_token=2.0)
+    again = quiet(*bigram(seed=1), tokens(), config, run_dir=tmp_path, resume=True, bytes_per_token=2.0)
+    for key in ("train_loss", "valid_loss", "bits_per_byte", "tokens"):
+        assert again[key] == once[key], key
+    shorter = train.TrainConfig(steps=3, batch_size=2, context_length=5)
+    with pytest.raises(ValueError, match="of step 4, none of this run: raise --steps"):
+        quiet(*bigram(), tokens(), shorter, run_dir=tmp_path, resume=True)
+    model, optimizer = bigram()
+    train.save_checkpoint(model, optimizer, 1, tmp_path / "last.pt")              # knows nothing of a run's data
+    with pytest.raises(ValueError, match="of step 1, none of this run"):
+        quiet(model, optimizer, tokens(), config, run_dir=tmp_path, resume=True)
+
+
+def test_weights_in_fp32_do_not_go_on_in_bf16_without_their_copies(tmp_path):
+    """AdamW would find moments, start no fp32 copies, and lose every small step to bf16's rounding."""
+    import optim
+
+    def run(precision, steps, dtype, **options):
+        model, _ = bigram()
+        optimizer = optim.AdamW(model.to(dtype).parameters(), lr=1e-2, state_dtype=torch.float32, master_weights=True)
+        config = train.TrainConfig(steps=steps, batch_size=2, context_length=5, precision=precision)
+        return quiet(model, optimizer, tokens(), config, run_dir=tmp_path, **options)
+    run("fp32", 2, torch.float32)
+    run("autocast", 3, torch.float32, resume=True)
+    with pytest.raises(ValueError, match="lacks bf16's fp32 copies; resume with its own --precision"):
+        run("bf16", 4, torch.bfloat16, resume=True)
+    run("bf16", 2, torch.bfloat16)
+    run("bf16", 3, torch.bfloat16, resume=True)
+    run("fp32", 4, torch.float32, resume=True)                                    # their fp32 copies are there
+
+
+def test_what_a_kill_while_saving_left_is_cleared_away(tmp_path):
+    for name in (".last.pt.123.tmp", "mine.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    quiet(*bigram(), tokens(), train.TrainConfig(steps=1, batch_size=2, context_length=5), run_dir=tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "log.jsonl", "mine.tmp"]
+
+
 def test_checkpoint_round_trip_by_path_and_file(tmp_path):
     model, optimizer = bigram()
     quiet(model, optimizer, tokens(), train.TrainConfig(steps=3, batch_size=2, context_length=5))
@@ -247,6 +303,12 @@ def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
     wider = torch.nn.Sequential(torch.nn.Embedding(11, 32), torch.nn.Linear(32, 11))
     train.save_checkpoint(wider, torch.optim.AdamW(wider.parameters()), 3, path)
     with pytest.raises(ValueError, match=r"0.weight is \(11, 32\) there and \(11, 16\) here"):
+        train.load_checkpoint(path, model, optimizer)
+    train.save_checkpoint({"encoder": {}}, {}, 3, path)
+    with pytest.raises(ValueError, match="encoder is .* there and absent here|absent there"):
+        train.load_checkpoint(path, model, optimizer)
+    train.save_checkpoint(model, {"state": {}, "param_groups": 3}, 3, path)
+    with pytest.raises(ValueError, match="another optimizer's state"):
         train.load_checkpoint(path, model, optimizer)
     train.save_checkpoint(model, torch.optim.SGD([*model.parameters()][:1], lr=1.0), 3, path)
     with pytest.raises(ValueError, match="another optimizer's state"):
@@ -534,6 +596,7 @@ class CountProducts(TorchDispatchMode):
     (["--micro-batch-size", "3"], "does not divide"),
     (["--device", "abacus"], "device 'abacus' is not there"),
     (["generate", "--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+    (["compare", "nowhere"], "nowhere holds no run"),
     (["--benchmark", "small", "--repeats", "0"], "--repeats must be at least 1"),
     (["--benchmark", "small", "--warmup", "-1"], "--warmup at least 0, got 10 and -1"),
     (["--benchmark", "small", "--memory-snapshot", "."], "--memory-snapshot is of CUDA's memory"),
@@ -544,6 +607,140 @@ def test_bad_input_is_one_line_and_exit_code_2(corpus, tmp_path, flags, message)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.fixture
+def here(corpus, tmp_path, monkeypatch, capsys):
+    """here(*flags) runs the command in this process: its exit code, what it printed, what it complained of."""
+    def call(*flags, folder=corpus):
+        monkeypatch.setattr(sys, "argv", command(folder, tmp_path / "run", *flags)[1:])
+        code = train.main()
+        return code, *capsys.readouterr()
+    return call
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top_p"), (["--sample-tokens", "0"], "max_new_tokens"),
+    (["--warmup-steps", "9"], "warmup_steps"), (["--clip-norm", "0"], "clip_norm must be at least 1e-09, got 0.0"),
+    (["--micro-batch-size", "-1"], "micro_batch_size must be at least 0, got -1"),
+])
+def test_settings_are_refused_before_the_training(here, tmp_path, flags, message):
+    code, printed, errors = here("--steps", "3", *flags)
+    assert code == 2 and message in errors and errors.count("\n") == 1 and "step" not in printed.split("| seed 0")[-1]
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_tokenizers_of_other_sizes(here, corpus, tmp_path):
+    """Without an end of text, with gaps in its ids, smaller than the model; but not one that lacks the data's ids."""
+    def folder(name, change):
+        tokenizer = json.loads((corpus / "tokenizer.json").read_text())
+        change(tokenizer)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        for split in ("train", "valid"):
+            data = np.load(corpus / f"{split}.npy")
+            np.save(tmp_path / name / f"{split}.npy", data[data != end])
+        return tmp_path / name
+    whole = json.loads((corpus / "tokenizer.json").read_text())
+    [end] = [token["id"] for token in whole["added_tokens"]]
+    flags = ["--steps", "2", "--sample-tokens", "60", "--temperature", "9", "--vocab-size", "4000"]
+    for name, change in (("no end", lambda t: t.update(added_tokens=[])),
+                         ("gap", lambda t: t["added_tokens"][0].update(id=3990)),
+                         ("outside", lambda t: t["added_tokens"][0].update(id=5000))):
+        code, printed, errors = here(*flags, folder=folder(name, change))
+        assert code == 0 and '"bits_per_byte": ' in printed, (name, errors)
+    code, _, errors = here(*flags[:2], folder=folder("less", lambda t: (
+        [t["model"]["vocab"].pop(k) for k, i in list(t["model"]["vocab"].items()) if i >= 290],
+        t["model"].update(merges=t["model"]["merges"][:290 - 256 - 1]))))
+    assert code == 2 and "holds ids that its tokenizer.json has not" in errors and errors.count("\n") == 1
+
+
+def test_several_processes_have_to_say_how_they_share_the_work(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = here("--steps", "2")
+    assert code == 2 and errors == "train.py: 2 processes would do the same work; add --parallel ddp, zero1 or fsdp\n"
+
+
+def test_more_ranks_than_gpus_is_one_line(here, monkeypatch):
+    import ddp
+    ends = []
+    monkeypatch.setattr(ddp, "run_rank", lambda work, *args: ends.append(work(*args)))     # it would end this process
+    pretend_two_gpus(monkeypatch)
+    _, _, errors = here("--steps", "2", "--parallel", "ddp", "--device", "auto")
+    assert ends == [2] and errors.count("\n") == 1 and "rank 2 has no GPU: this host has 2; lower" in errors
+
+
+def test_a_mistake_leaves_a_finished_run_alone(here, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert here("--steps", "2")[0] == 0
+    folder = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for flags in (["--attention", "triton"], ["--update", "triton"], ["--temperature", "-1"], ["--clip-norm", "-1"]):
+        code, _, errors = here("--steps", "2", *flags)
+        assert code == 2 and errors.count("\n") == 1
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, flags
+
+
+def test_a_result_is_not_taken_for_that_of_a_later_run(here, tmp_path, monkeypatch):
+    assert here("--steps", "2")[0] == 0
+
+    def fails(*arguments, **options):
+        raise OSError("no disk")
+    monkeypatch.setattr(train, "train", fails)
+    assert here("--steps", "2")[0] == 2 and not (tmp_path / "run/result.json").exists()
+
+
+def test_a_model_speaks_with_the_tokenizer_that_it_was_trained_with(here, corpus, tmp_path):
+    assert here("--steps", "2")[0] == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tokenizer.json").write_text("{}")
+    assert here("generate", folder=tmp_path / "other")[0] == 0
+    assert here("export", str(tmp_path / "hf"), folder=tmp_path / "other")[0] == 0
+    kinds = [json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"] for folder in
+             (corpus, tmp_path / "hf")]
+    assert kinds[0] == kinds[1]
+    (tmp_path / "run/tokenizer.json").unlink()                            # of a run that kept none
+    assert here("generate")[0] == 0
+
+
+def test_a_run_without_a_loss_is_an_empty_curve(tmp_path, monkeypatch):
+    """It stopped before its first evaluation; matplotlib would take the style that is left for what to draw."""
+    drawn = []
+
+    class Plot:
+        def __getattr__(self, name):
+            return lambda *args, **options: drawn.append(args) if name == "plot" else None
+    pyplot = types.SimpleNamespace(subplots=lambda figsize: (Plot(), Plot()))
+    monkeypatch.setitem(sys.modules, "matplotlib", types.SimpleNamespace(pyplot=pyplot))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", pyplot)
+    lines = [{"step": 1, "tokens": 80, "loss": 2.5}, {"step": 2, "tokens": 160, "loss": 2.0}]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    train.plot([tmp_path])
+    assert [[list(x) for x in args[:2]] for args in drawn] == [[[80, 160], [2.5, 2.0]], [[], []]]
+    assert [args[2:] for args in drawn] == [("-",), ("o--",)]
+
+
+def test_a_full_gpu_is_told_apart_from_a_mistake(here, monkeypatch):
+    def run(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(train.Setup, "run", run)
+    assert here("--steps", "2") == (1, "", "train.py: CUDA out of memory.\ntrain.py: lower --micro-batch-size, or "
+                                           "raise --recompute\n")
+
+
+def test_a_checkpoint_of_another_model_file_is_one_line(here, tmp_path):
+    cases = (dict(model_config={"width": 3}), "width"), (dict(model_config="large"), "mapping"), ({}, "model_config")
+    for config, message in cases:
+        train.save_checkpoint(*bigram(), 3, tmp_path / "a.pt", **config)
+        code, _, errors = here("generate", "--checkpoint", str(tmp_path / "a.pt"))
+        assert code == 2 and "does not state a configuration" in errors and message in errors
+        assert errors.count("\n") == 1
+
+
+def test_alone_in_a_folder_the_command_says_what_it_needs(tmp_path):
+    (tmp_path / "train.py").write_bytes((ROOT / "train.py").read_bytes())
+    done = run([sys.executable, "train.py"], cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "model.py, optim.py and bpe.py" in done.stderr
 
 
 def test_generate_export_compare_explain_and_benchmark(corpus, tmp_path):
