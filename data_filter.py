@@ -213,7 +213,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
     texts, tags = parts[::3], parts[2::3] + ["div"]                  # the last one ends the last line
     kinds = [KINDS.get(tag, OTHER) for tag in tags]
     out, lists = [], [-1]                                            # lists: the last number of each open one, or -1
-    begin, breaks, cells, bullet, in_pre, in_paragraph, row_begun = 0, 0, 0, "", False, False, False
+    begin, breaks, cells, bullet, in_pre, in_paragraph, in_row = 0, 0, 0, "", False, False, False
     for i in itertools.compress(range(len(kinds)), kinds):           # at every tag that is not inline
         kind, name = kinds[i], tags[i]
         if kind == OTHER:
@@ -235,7 +235,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
             out += "\n" * breaks, cells * TAB or INDENT[depth or 1 if bullet else depth and depth + 1], bullet, text
             breaks, cells, bullet = 0, 0, ""
         if kind >= BREAK:                                            # tabs before all cells but the first of a row
-            breaks, cells, row_begun = (breaks + 1, 0, row_begun) if kind == BREAK else (breaks, cells + row_begun, True)
+            breaks, cells, in_row = (breaks + 1, 0, in_row) if kind == BREAK else (breaks, cells + in_row, True)
             continue
         cells = 0
         if breaks < 2 and (kind == PARAGRAPH or in_paragraph and name[0] != "/"):        # a block ends the paragraph
@@ -250,7 +250,7 @@ def extract_text(page: bytes | str, http_charset: str = "") -> str:
             elif name == "/li":
                 bullet = ""
             elif name in ("tr", "/tr"):
-                row_begun = False
+                in_row = False
             elif name in ("pre", "/pre"):
                 in_pre = name == "pre"
             elif len(lists) > 1:
