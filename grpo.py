@@ -537,7 +537,7 @@ def train_grpo(model, optimizer, engine, problems: list[dict], config: GRPOConfi
                 "train_tflop/s": sums["trained"] * flops_per_token / train_seconds / 1e12 or None,
                 "mem_gb": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None}
         if broken := {key: line[key] for key in ("loss", "gnorm", "entropy") if not math.isfinite(line[key])}:
-            raise ValueError(f"step {step + 1} has {broken}. Lower the learning rate; checkpoint, if one was due: {last}")
+            raise ValueError(f"step {step + 1} has {broken}. Lower the learning rate; checkpoint, if any: {last}")
         due, every = step + 1 == config.steps, config.checkpoint_every
         record(line | (evaluate() if due or (step + 1) % config.eval_every == 0 else {}))
         if last and every and (due or (step + 1) % every == 0):
