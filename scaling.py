@@ -457,8 +457,7 @@ class Server(ThreadingHTTPServer):
             self.records = {run: json.loads(record) for run, record in rows}
             super().__init__(("127.0.0.1", port), Handler)
         except (sqlite3.Error, OSError, OverflowError) as error:
-            raise ValueError(f"cannot use {path} and port {port} ({error}); stop the other server, or change --out "
-                             "or --port") from None
+            raise ValueError(f"cannot use {path}, port {port} ({error}); stop the other server or change one") from None
         self.ended = {run: self.pool.submit(self.work, run) for run, record in [*self.records.items()]
                       if record["backend"] == backend.name and record["status"]["status"] in ("queued", "running")}
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -671,7 +670,7 @@ def load_runs(path: Path) -> list[np.ndarray]:
         runs = [json.loads(line) for line in path.read_text().splitlines()]
         N = [run.get("parameters", 12 * run["num_layers"] * run["d_model"] ** 2) for run in runs]
         return columns(5, N=N, C=[run["train_flops"] for run in runs], loss=[run["loss"] for run in runs])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not hold the runs of a sweep ({error!r}); sweep again") from None
 
 def make_server(args, ranges: dict, folder: Path, port: int) -> Server:
@@ -774,6 +773,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     warnings.showwarning = lambda message, *where: print(f"note: {message}")
     try:
+        need(args.command == "query" or not args.pairs, 422, f"only query takes name=value, got {' '.join(args.pairs)}")
         return 1 if commands["explain" if args.explain else args.command]() == 1 else 0
     except (Refused, ValueError, OSError, ImportError) as error:
         print(f"scaling.py: {error.args[-1] if isinstance(error, Refused) else error}", file=sys.stderr)

@@ -282,6 +282,21 @@ def test_a_mistake_on_the_command_line(monkeypatch, capsys, flags, message):
     assert code == 2 and message in said.err.splitlines()[-1] and not said.out, said
 
 
+def test_what_does_not_fit_is_said(monkeypatch, capsys):
+    """A version that runs out of memory gets a cell, arguments that do end the program in a line; other errors stay."""
+    q = torch.randn(1, 1, 4, 16)
+    too_large = lambda *tensors: torch.empty(1 << 48)                               # 2^50 bytes
+    assert flash._times(too_large, q, q, q, q) == ["memory"] * 3
+    with pytest.raises(RuntimeError, match="size"):
+        flash._times(lambda q, k, v: q @ k, q, q, q, q)
+    monkeypatch.setattr(flash, "_median_ms", lambda function: 1.5)
+    for flags in (["--seed", 1 << 70], ["--bench", "--lengths", 1 << 34], ["--bench", "--lengths", 1 << 60]):
+        monkeypatch.setattr(sys, "argv", ["flash_attn_triton.py", *map(str, flags)])
+        assert flash.main() == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("flash_attn_triton.py: ")
+
+
 def test_bench_prints_a_row_a_pass(monkeypatch, capsys):
     """The columns of one small cell, untimed: three passes, a median each, and none of them nothing."""
     monkeypatch.setattr(flash, "_median_ms", lambda function: function() is None or 1.5)

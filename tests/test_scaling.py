@@ -581,7 +581,8 @@ def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
     done = command("fit", "--out", tmp_path)
     assert done.returncode == 2 and "sweep again" in done.stderr and "Traceback" not in done.stderr
     out.unlink()
-    assert command("fit", "--out", tmp_path).returncode == 2
+    done = command("fit", "--out", tmp_path)
+    assert done.returncode == 2 and "sweep again" in done.stderr and "Traceback" not in done.stderr
     done = command("query", "--url", server.url, "d_model=1")
     assert done.returncode == 2 and "unknown or missing: batch_size" in done.stderr and "Traceback" not in done.stderr
     server.kill()
@@ -606,6 +607,8 @@ def test_walk_through(options, tmp_path):
 
 
 def test_what_cannot_be_swept_is_refused_in_a_line():
+    done = command("run", "backend=train")
+    assert done.returncode == 2 and "only query takes name=value, got backend=train" in done.stderr
     for options in (("--widths", "0,32"), ("--budgets", "0"), ("--budgets", "nan"), ("--budgets", "1e11,-1"),
                     ("--widths", "inf"), ("--widths", "ten"), ("--widths", "")):
         done = command("sweep", *options)
