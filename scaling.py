@@ -464,7 +464,7 @@ class Server(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
 
     def keep(self, name: str, record: dict) -> None:
-        """Writes a run, or a key's final submission, to the disk."""
+        """Writes a run, or a key's final submission, to the disk. Raises: sqlite3.Error when that is full."""
         with self.lock:
             self.db.execute("INSERT INTO records VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = excluded.record",
                             (name, json.dumps(record)))
