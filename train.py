@@ -43,7 +43,6 @@ END_OF_TEXT, SOURCES = "<|endoftext|>", ("train.py", "model.py", "optim.py", "bp
 
 class Stop(Exception):
     """A run cannot go on: the message says what happened and what to do, `code` is the process's exit status."""
-
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
@@ -53,7 +52,8 @@ class Stop(Exception):
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
+    if (path := Path(path)).exists() and not path.is_file():   # a folder, or /dev/null, which root would replace
+        raise FileExistsError(f"{path} is there and is no file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -309,7 +309,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     for left in last.parent.glob(".last.pt.*.tmp") if last and rank == 0 else ():    # by one killed while it saved
         left.unlink()
     journal = cut_journal(last.with_name("log.jsonl"), first) if last and rank == 0 else None
-    began = time.perf_counter() - seconds_before
+    began, marked = time.perf_counter() - seconds_before, (time.perf_counter(), first)
 
     def report(line: str, **values: Any) -> None:         # for people, and the same values for programs
         log(f"step {values['step']}/{config.steps} | {line}")
@@ -333,7 +333,6 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
     handlers = {number: signal.signal(number, lambda n, frame: caught.append(n))
                 for number in (signal.SIGTERM, signal.SIGINT) if last}
     recent: list[Tensor] = []                             # (loss, norm) of the steps since they were last read
-    marked = time.perf_counter(), first
     model.train()
     try:
         for done in range(first + 1, config.steps + 1):
@@ -491,9 +490,8 @@ class Setup:
             self.attention = flash_attn_triton.flash_attention
         for other in ("flash", "mem_efficient", "math") if args.attention == "cudnn" else ():
             getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)          # of torch's own kernels this one only
-        self.whole = lambda weight: weight                # FSDP: gathers the head for the fused loss
-        c, fused = self.config, partial(model.linear_cross_entropy,
-                                        backend="triton" if self.device.type == "cuda" else "torch")
+        self.whole, c = lambda weight: weight, self.config            # whole: FSDP gathers the head for the fused loss
+        fused = partial(model.linear_cross_entropy, backend="triton" if self.device.type == "cuda" else "torch")
         self.loss_fn = {"full": lambda m, x, y: model.cross_entropy(m(x), y),
                         "fused": lambda m, x, y: fused(m.hidden(x), self.whole(m.lm_head.weight), y)}[args.loss]
         if args.compile and args.parallel != "fsdp":      # FSDP's hooks stay out of what is compiled
@@ -749,7 +747,7 @@ def main() -> int:
     add = parser.add_argument
     add("action", nargs="?", default="train", choices=["train", "corpus", "generate", "export", "compare"])
     add("folders", nargs="*", type=Path, help="compare: runs (default RUN_DIR); corpus, export: the folder to write")
-    add("--preset", choices=list(PRESETS), default="corpus")
+    add("--preset", choices=list(PRESETS), default="corpus", help="sets other defaults than those below, the corpus's")
     add("--tokens", help="folder with tokenizer.json, train.npy and valid.npy (default out/PRESET)")
     add("--run-dir", help="for checkpoints and logs (default out/train, or out/PRESET-train)")
     add("--resume", action="store_true", help="go on from RUN_DIR/last.pt")
@@ -774,9 +772,11 @@ def main() -> int:
         add("--" + name.replace("_", "-"), type=type(default), default=default, help=f"default {default}")
     kinds = {kind: {"type": kind} for kind in (int, float, str)} | {int | None: {"type": int}}
     kinds[bool] = {"action": argparse.BooleanOptionalAction}
+    words = dict(norm="pre|post|none:", positions="rope|none:", ffn="swiglu|silu:", precision="fp32|autocast|bf16:")
+    defaults = {**vars(model.ModelConfig), **vars(TrainConfig), **PRESETS["corpus"]}
     for name, hint in {**get_type_hints(model.ModelConfig), **get_type_hints(TrainConfig)}.items():
         if hint in kinds:
-            add("--" + name.replace("_", "-"), help="of ModelConfig or TrainConfig, default by preset", **kinds[hint])
+            add("--" + name.replace("_", "-"), help=f"{words.get(name, '')} default {defaults[name]}", **kinds[hint])
     given = parser.parse_args()
     parser.set_defaults(tokens=f"out/{given.preset}", **{**PRESETS[given.preset], **SIZES.get(given.benchmark, {})},
                         run_dir="out/train" if given.preset == "corpus" else f"out/{given.preset}-train")

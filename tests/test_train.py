@@ -737,6 +737,15 @@ def test_a_checkpoint_of_another_model_file_is_one_line(here, tmp_path):
         assert errors.count("\n") == 1
 
 
+def test_help_says_defaults_and_words(here, capsys):
+    with pytest.raises(SystemExit):
+        here("--help")
+    said = " ".join(capsys.readouterr().out.split())
+    for line in ("--d-model D_MODEL default 192", "--max-lr MAX_LR default 0.004", "--beta2 BETA2 default 0.95",
+                 "--norm NORM pre|post|none: default pre", "fp32|autocast|bf16: default fp32"):
+        assert line in said, line
+
+
 def test_alone_in_a_folder_the_command_says_what_it_needs(tmp_path):
     (tmp_path / "train.py").write_bytes((ROOT / "train.py").read_bytes())
     done = run([sys.executable, "train.py"], cwd=tmp_path)
