@@ -52,7 +52,6 @@ def special_pattern(special_tokens: Iterable[str]) -> str:
 
 def safe_cut(raw: bytes, special_tokens: Iterable[str]) -> int:
     """The last place where raw, a part of any text, can be cut so that each side gives its ids in the whole; else 0.
-
     A special token or a pre-token starts there, and no special token has the characters on both sides as neighbours.
     """
     tail = raw[-WINDOW:].lstrip(bytes(range(0x80, 0xC0)))       # from the first byte of a character on
@@ -298,7 +297,8 @@ def explained(what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
     """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
+    if (path := Path(path)).exists() and not path.is_file():   # a folder, or /dev/null, which root would replace
+        raise FileExistsError(f"{path} is there and is no file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

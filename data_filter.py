@@ -30,7 +30,8 @@ import numpy as np
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
     """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
+    if (path := Path(path)).exists() and not path.is_file():   # a folder, or /dev/null, which root would replace
+        raise FileExistsError(f"{path} is there and is no file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -424,12 +425,11 @@ def c4_lines(text: str) -> str:
     return "\n".join(kept) if len(kept) >= 3 and not re.search("[{]|(?i:lorem ipsum)", text) else ""
 
 # --------------------------------------------------------------------------- 7. harm and quality, by visible weights
-LOOSE = dict(a="[a@4*]", e="[e3*]", i="[i1!*]", o="[o0*]", u="[uv*]", s="[s$5*]")        # f*ck, pr0n, $hit
-
 def lexicon(words: str, loose: bool = False) -> str:
     """A pattern for whole words with the common endings; `loose`: also spelled with stars and digits."""
     if loose:                                                        # stars anywhere but for a first consonant
-        words = re.sub(r"\B\w|[aeiou]", lambda m: LOOSE.get(m[0], f"[{m[0]}*]"), words)
+        like = dict(a="[a@4*]", e="[e3*]", i="[i1!*]", o="[o0*]", u="[uv*]", s="[s$5*]")         # f*ck, pr0n, $hit
+        words = re.sub(r"\B\w|[aeiou]", lambda m: like.get(m[0], f"[{m[0]}*]"), words)
     return rf"(?<![\w*])(?=[^\sa-z]{{0,12}}[a-z])(?:{'|'.join(words.split())})(?:e?s|ing|ed|ers?)?(?![\w*])"
 
 FOUL = lexicon("idiot moron imbecile retard scum filth trash loser stupid pathetic worthless disgusting ugly vermin "

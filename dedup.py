@@ -260,7 +260,8 @@ class Partitions:
 @contextlib.contextmanager
 def write_whole(path: str | os.PathLike) -> Iterator[BinaryIO]:   # twin: train.py
     """Opens a temporary file beside `path`, and renames it onto `path` only when everything was written."""
-    path = Path(path)
+    if (path := Path(path)).exists() and not path.is_file():   # a folder, or /dev/null, which root would replace
+        raise FileExistsError(f"{path} is there and is no file; name another")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

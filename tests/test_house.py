@@ -100,6 +100,17 @@ def test_twins_are_alike():
                 assert mine == theirs, f"the twins {name}.{function} and {other}.{function} have grown apart"
 
 
+def test_a_file_written_whole_replaces_files_alone(tmp_path):
+    """A folder is named before the work, not after it; a device (a pipe stands in) is not taken for an old file."""
+    import train
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(FileExistsError, match=name), train.write_whole(tmp_path / name):
+            pytest.fail("it went to work")
+    assert (tmp_path / "pipe").is_fifo() and sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 def test_speaks_of_itself_alone():
     """What is tracked names no path of the machine it was written on."""
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
