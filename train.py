@@ -491,9 +491,9 @@ class Setup:
         for other in ("flash", "mem_efficient", "math") if args.attention == "cudnn" else ():
             getattr(torch.backends.cuda, f"enable_{other}_sdp")(False)          # of torch's own kernels this one only
         self.whole, c = lambda weight: weight, self.config            # whole: FSDP gathers the head for the fused loss
-        fused = partial(model.linear_cross_entropy, backend="triton" if self.device.type == "cuda" else "torch")
-        self.loss_fn = {"full": lambda m, x, y: model.cross_entropy(m(x), y),
-                        "fused": lambda m, x, y: fused(m.hidden(x), self.whole(m.lm_head.weight), y)}[args.loss]
+        head_loss, backend = model.linear_cross_entropy, "triton" if self.device.type == "cuda" else "torch"
+        fused = lambda m, x, y: head_loss(m.hidden(x), self.whole(m.lm_head.weight), y, backend=backend)
+        self.loss_fn = fused if args.loss == "fused" else lambda m, x, y: model.cross_entropy(m(x), y)
         if args.compile and args.parallel != "fsdp":      # FSDP's hooks stay out of what is compiled
             self.loss_fn = torch.compile(self.loss_fn)
         # steps count from 0, and the first one already moves
