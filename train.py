@@ -264,14 +264,14 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
           clip: Callable = torch.nn.utils.clip_grad_norm_, parallel: Any = None,
           run_dir: str | os.PathLike | None = None, resume: bool = False, more_state: dict | None = None,
           bytes_per_token: float = 0.0, sample: Callable[[], str] | None = None,
-          log: Callable[[str], None] = print) -> dict[str, Any]:
+          log: Callable[[str], None] = print, begin: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Trains in place, on whatever device the model lies.
     Args: train_tokens, valid_tokens (N,) integers. loss_fn(model, x, y) -> mean nats over the targets y.
     schedule(step) -> rate, default constant max_lr. clip(parameters, max_norm) -> norm before clipping. parallel: the
     ddp.DDP or sharded_optim.FSDP that wraps the model in a job of several ranks. run_dir: takes last.pt and log.jsonl;
     None writes nothing. resume: go on from run_dir/last.pt if it is there; a run that does not renames it previous.pt.
-    more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show. bytes_per_token:
-    of the evaluation windows, for the loss in bits a byte, which no tokenizer can flatter.
+    more_state: goes into every checkpoint (the model's configuration, say). sample() -> text to show. begin() is called
+    on rank 0 once nothing forbids the run. bytes_per_token: of the evaluation windows, for the loss in bits a byte.
     Returns: train_loss and valid_loss (nats per token), bits_per_byte, tokens, seconds, tokens_per_second.
     Raises: Stop for a loss or norm that is not finite, and on SIGTERM or Ctrl-C, after saving (ranks: at a report);
     OSError where it cannot (the older file stays); ValueError for a batch that does not divide, a foreign last.pt."""
@@ -299,13 +299,14 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, train_tokens
             load_checkpoint(state, model, optimizer)
             if any(t.dtype.itemsize < state["model"][key].dtype.itemsize for key, t in model.state_dict().items()):
                 raise ValueError(f"{last} lacks bf16's fp32 copies; resume with its own --precision and --parallel")
-        generator.set_state(state["data_rng"])
-        torch.set_rng_state(state["torch_rng"])
+        generator.set_state(state["data_rng"]), torch.set_rng_state(state["torch_rng"])
         first = saved = state["step"]
         seconds_before, (loss, valid, bits) = state["seconds"], state.get("losses", (loss, valid, bits))
         log(f"resumed from {last} at step {first}")
     elif last and last.exists() and rank == 0:            # another run's: no restart may take it for one of this run
         os.replace(last, last.with_name("previous.pt"))
+    if rank == 0:
+        begin()
     for left in last.parent.glob(".last.pt.*.tmp") if last and rank == 0 else ():    # by one killed while it saved
         left.unlink()
     journal = cut_journal(last.with_name("log.jsonl"), first) if last and rank == 0 else None
@@ -476,7 +477,7 @@ class Setup:
         if not there.get(name.split(":")[0]):
             raise ValueError(f"device {name!r} is not there; use --device cpu, or a torch build that sees it")
         self.device = torch.device(name)
-        if args.parallel == "none" and (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        if args.action == "train" and args.parallel == "none" and (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
             raise ValueError(f"{count} processes would do the same work; add --parallel ddp, zero1 or fsdp")
         if args.parallel != "none":
             import ddp
@@ -568,10 +569,9 @@ class Setup:
             raise ValueError(f"{args.tokens}/valid.npy holds ids that its tokenizer.json has not; encode it anew")
         about = dict(model_config=asdict(self.model_config), train_config=asdict(config), command=sys.argv,
                      torch=torch.__version__, python=sys.version)
-        model = self.model()
-        optimizer, wrapper = self.join(model)
+        optimizer, wrapper = self.join(model := self.model())
         self.schedule(0), self.generate(model, [])        # refuse wrong settings now, not after the training
-        if first:                                         # a run keeps its tokenizer, and the source that made it
+        def begin() -> None:                              # a run keeps its tokenizer, and the source that made it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "result.json").unlink(missing_ok=True)
             (run_dir / "about.json").write_text(json.dumps(about, indent=1))
@@ -587,7 +587,7 @@ class Setup:
             result = train(model, optimizer, train_tokens, valid_tokens, config, loss_fn=self.loss_fn, clip=self.clip,
                            schedule=self.schedule, parallel=wrapper, run_dir=run_dir, resume=args.resume or restarted,
                            more_state={"model_config": about["model_config"]}, sample=sample, log=self.say,
-                           bytes_per_token=lengths[targets].float().mean().item())
+                           bytes_per_token=lengths[targets].float().mean().item(), begin=begin)
         except Stop as stop:
             if first:
                 (run_dir / "result.json").write_text(json.dumps({"stopped": str(stop)}))
@@ -810,7 +810,7 @@ def act(args: argparse.Namespace) -> int:
             else:
                 setup.lm.save_hf(model, folder, tokenizer)
                 print(f"{folder}: config.json, model.safetensors and tokenizer.json for transformers and vLLM")
-    except (Stop, ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (Stop, ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         full = isinstance(error, torch.OutOfMemoryError)
         remedy = "\ntrain.py: lower --micro-batch-size, or raise --recompute" if full else ""
         print(f"train.py: {error}{remedy}", file=sys.stderr)

@@ -675,7 +675,8 @@ def test_a_mistake_leaves_a_finished_run_alone(here, tmp_path, monkeypatch):
     assert here("--steps", "2")[0] == 0
     folder = tmp_path / "run"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for flags in (["--attention", "triton"], ["--update", "triton"], ["--temperature", "-1"], ["--clip-norm", "-1"]):
+    for flags in (["--attention", "triton"], ["--update", "triton"], ["--temperature", "-1"], ["--clip-norm", "-1"],
+                  ["--micro-batch-size", "3"], ["--resume", "--d-model", "16"], ["--resume", "--steps", "1"]):
         code, _, errors = here("--steps", "2", *flags)
         assert code == 2 and errors.count("\n") == 1
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before, flags
@@ -684,7 +685,8 @@ def test_a_mistake_leaves_a_finished_run_alone(here, tmp_path, monkeypatch):
 def test_a_result_is_not_taken_for_that_of_a_later_run(here, tmp_path, monkeypatch):
     assert here("--steps", "2")[0] == 0
 
-    def fails(*arguments, **options):
+    def fails(*arguments, begin, **options):
+        begin()
         raise OSError("no disk")
     monkeypatch.setattr(train, "train", fails)
     assert here("--steps", "2")[0] == 2 and not (tmp_path / "run/result.json").exists()
