@@ -547,6 +547,30 @@ def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
     assert sorted(places) == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.parametrize("gpus, devices", [(2, ["cuda:0", "cuda:1", "cuda:0"]), (0, ["cpu", "cpu", "cpu"])])
+def test_a_place_is_a_gpu(monkeypatch, gpus, devices):
+    import model
+    import torch
+    taken = []
+
+    class Model:                                                         # in place of the one that would be trained
+        def to(self, device):
+            taken.append(device)
+            raise ValueError("far enough")
+
+    class Pipe:
+        def send(self, said):
+            assert said[2] in ("", "far enough"), said
+        close = lambda self: None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    monkeypatch.setattr(model, "TransformerLM", lambda *args: Model())
+    for place in range(3):
+        scaling.train_once(scaling.check_training(TRAINING), "", 32, False, place, Pipe())
+    assert taken == devices
+
+
 # ----------------------------------------------------------------------------------------------------------- the client
 
 def test_sweep_resumes_and_minds_its_budget(serve, tmp_path):
